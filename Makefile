@@ -1,0 +1,116 @@
+# make lab    set everything up and open the first notebook
+# make test   set everything up and run the tests and the notebooks
+#
+# Everything is installed into .venv in this folder and nothing elsewhere. All of it can be interrupted and run again.
+
+VENV ?= .venv
+PYTHON ?= python3.11 python3.12 python3.13 python3
+NOTEBOOK ?= notebooks/00_the_whole_picture.ipynb
+LAB_ARGS ?=
+TEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help lab test bench clean setup setup-test
+
+# Jupyter finds this environment's own kernel before any other "python3" that is registered on the machine.
+export JUPYTER_PREFER_ENV_PATH := 1
+
+help:
+	@echo "make lab     set everything up and open the first notebook in JupyterLab"
+	@echo "make test    set everything up, then run the style check, the tests and all notebooks"
+	@echo "make bench   set everything up, then measure speed against diffusers"
+	@echo "make clean   remove .venv and the caches"
+	@echo
+	@echo "PYTHON=/path/to/python3.12   build .venv with this Python (3.11 or newer)"
+	@echo "LAB_ARGS='--port 9999'       arguments for JupyterLab"
+	@echo "TEST_ARGS='-k rope'          arguments for pytest, in 'make test' for the library's tests"
+
+lab: setup
+	@set -- --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/$(NOTEBOOK); \
+	if [ "$$(id -u)" = 0 ]; then set -- "$$@" --allow-root; fi; \
+	if ! $(has_browser); then \
+	    set -- "$$@" --no-browser; \
+	    echo "No browser here. JupyterLab is about to print an address with a token: open it in your browser."; \
+	    echo "  From another machine: ssh -N -L 8888:localhost:8888 THIS_MACHINE, with the port that the address names."; \
+	    echo "  From a container: publish the port (-p 8888:8888) and run: make lab LAB_ARGS=--ip=0.0.0.0"; \
+	fi; \
+	echo "Opening $(NOTEBOOK). Stop with Ctrl-C."; \
+	exec $(PY) -m jupyterlab "$$@" $(LAB_ARGS)
+
+test: setup-test
+	@echo "1 of 3: checking the style of library, tests and notebooks (ruff)."
+	@$(PY) -m ruff check .
+	@echo "2 of 3: testing the library, part by part, against diffusers and transformers (pytest)."
+	@$(PY) -m pytest --durations=10 $(TEST_ARGS)
+	@echo "3 of 3: running every notebook from top to bottom, tier $${MINQWEN_TIER:-tiny} (nbmake)."
+	@$(PY) -m pytest --nbmake --nbmake-timeout=300 --durations=10 notebooks
+	@echo "All tests and notebooks pass."
+
+bench: setup-test
+	@echo "Measuring speed against diffusers on the same weights. Leave the machine alone meanwhile."
+	@$(PY) -m pytest tests/benchmarks -o python_files='bench_*.py' -s $(TEST_ARGS)
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache minqwen.egg-info
+	find minqwen tests notebooks data -name __pycache__ -prune -exec rm -rf {} +
+	find notebooks -name .ipynb_checkpoints -prune -exec rm -rf {} +
+
+# What is installed is written down in .venv/minqwen-*, with this folder's place and the checksum of pyproject.toml:
+# a moved folder, a changed list and an interrupted installation are all installed again, a finished one is not.
+fingerprint = $$(pwd) $$(cksum < pyproject.toml)
+
+setup:
+	@$(call install,lab,.)
+
+setup-test:
+	@$(call install,test,.[test])
+
+define install
+	if $(runs) && [ "$$(cat $(VENV)/minqwen-$(1) 2>/dev/null)" = "$(fingerprint)" ]; then exit 0; fi; \
+	rm -f $(VENV)/minqwen-lab $(VENV)/minqwen-test; \
+	if $(runs) && $(PY) -m pip --version >/dev/null 2>&1; then \
+	    echo "Using the environment in $(VENV)."; \
+	else \
+	    $(find_python); \
+	    echo "Making an environment in $(VENV) with $$($$found --version) ($$found)."; \
+	    clear=; if [ -f $(VENV)/pyvenv.cfg ]; then clear=--clear; fi; \
+	    $$found -m venv $$clear $(VENV) || exit 1; \
+	fi; \
+	echo "Installing minqwen and what it needs, once. PyTorch is the large one: minutes on a slow line."; \
+	$(PY) -m pip install -e '$(2)' || { echo "The installation did not finish. Run make again: it goes on with what is already downloaded."; exit 1; }; \
+	$(PY) -c '$(whole)' || exit 1; \
+	echo "$(fingerprint)" > $(VENV)/minqwen-lab; \
+	if [ $(1) = test ]; then echo "$(fingerprint)" > $(VENV)/minqwen-test; fi; \
+	echo "Set up. This step is skipped from now on."
+endef
+
+runs = $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+
+define find_python
+	found=; bare=; \
+	for p in $(PYTHON); do \
+	    if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        if $$p -c 'import venv, ensurepip' 2>/dev/null; then found=$$p; break; else bare=$$p; fi; \
+	    fi; \
+	done; \
+	if [ -z "$$found" ] && [ -n "$$bare" ]; then \
+	    echo "$$bare cannot make environments: its venv module is not installed."; \
+	    echo "On Debian and Ubuntu: apt install python3-venv. Then run make again."; exit 1; \
+	fi; \
+	if [ -z "$$found" ]; then \
+	    echo "This needs Python 3.11 or newer, and none of these is one: $(PYTHON)"; \
+	    echo "Install one (python.org, your system's packages, conda), or name yours: make PYTHON=/path/to/python3.12 lab"; exit 1; \
+	fi
+endef
+
+# An installation that was killed can leave a package that pip takes for complete: look for every file.
+define whole
+from importlib.metadata import distributions; import sys; \
+bad = sorted(d.name for d in distributions() if d.files is None or any(f.suffix != ".pyc" and not f.locate().exists() for f in d.files)); \
+bad and sys.exit("An interrupted installation left these incomplete: " + ", ".join(bad) + ". Run make clean, then make again.")
+endef
+
+# A browser that would open in a window of this machine: not over ssh, not a text browser in the terminal.
+has_browser = { [ -z "$$SSH_CONNECTION" ] && { [ "$$(uname)" = Darwin ] || [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ]; } \
+	&& $(PY) -c 'import webbrowser; webbrowser.get()' 2>/dev/null; }

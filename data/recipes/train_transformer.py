@@ -1,0 +1,305 @@
+"""Trains the tiny checkpoint's text encoder and transformer together: python data/recipes/train_transformer.py --help
+
+Needs runs/vae_joint.pt and runs/vae_config.json (train_vae.py joint) and runs/tokenizer (make_tokenizer.py).
+Drawing from words and editing are mixed: in an edit most tokens are copies and words earn little gradient, in a
+drawing every token depends on them. Writes runs/transformer.pt, which resumes, and a log beside this file.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import Log, Run, pictures
+from torch import Tensor, nn
+from train_vae import build_vae
+
+from minqwen.images import pack_latents, pixels_to_image, unpack_latents
+from minqwen.prompt import EDIT, T2I, load_tokenizer, tokenize_prompts
+from minqwen.sampling import euler_step, get_sigmas, time_shift
+from minqwen.shapes import WORLD, Edit, judge, sample_drawing, sample_edit
+from minqwen.text_encoder import Qwen2_5_VLTextEncoder, mrope_positions
+from minqwen.transformer import QwenImageTransformer2DModel
+from minqwen.vision import rotate
+
+HERE = Path(__file__).parent
+GRID = (1, 4, 4)  # tokens of a 64x64 picture
+TRANSFORMER = {
+    "attention_head_dim": 32,
+    "axes_dims_rope": [4, 14, 14],
+    "guidance_embeds": False,
+    "in_channels": 64,
+    "joint_attention_dim": 128,
+    "num_attention_heads": 4,
+    "num_layers": 6,
+    "out_channels": 16,
+    "patch_size": 2,
+}
+
+
+def text_config(tokenizer) -> dict:
+    """text_encoder/config.json in the released, flat form."""
+    ids = {name: tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "endoftext", "im_end")}
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default", "type": "default"},
+        "max_position_embeddings": 4096,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": ids["endoftext"],
+        "eos_token_id": ids["im_end"],
+        "image_token_id": ids["image_pad"],
+        "video_token_id": ids["video_pad"],
+        "vision_start_token_id": tokenizer.token_to_id("<|vision_start|>"),
+        "vision_end_token_id": tokenizer.token_to_id("<|vision_end|>"),
+        "vision_token_id": tokenizer.token_to_id("<|vision_pad|>"),
+        "torch_dtype": "bfloat16",
+        "vision_config": {
+            "depth": 2,
+            "hidden_act": "silu",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "in_channels": 3,
+            "in_chans": 3,
+            "out_hidden_size": 128,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "spatial_patch_size": 14,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+            "model_type": "qwen2_5_vl",
+        },
+    }
+
+
+def build(tokenizer) -> nn.ModuleDict:
+    """Fresh text encoder and transformer; modulation and output begin at zero, so that every block is the identity."""
+    net = nn.ModuleDict({
+        "transformer": QwenImageTransformer2DModel(**TRANSFORMER),
+        "text_encoder": Qwen2_5_VLTextEncoder(**text_config(tokenizer)),
+    })
+    transformer = net["transformer"]
+    zero = [transformer.norm_out.linear, transformer.proj_out]
+    for block in transformer.transformer_blocks:
+        zero += [block.img_mod[1], block.txt_mod[1]]
+    for layer in zero:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    nn.init.normal_(net["text_encoder"].model.embed_tokens.weight, std=0.1)
+    return net
+
+
+class Batch(NamedTuple):
+    """Everything that a training step reads; rows of edits or of drawings, never both."""
+
+    tokens: tuple  # of tokenize_prompts: ids, mask, patches, grids, drop
+    target: Tensor  # (B, 16, 64) clean packed latents
+    source: Tensor | None  # (B, 16, 64), None for drawings
+    changed: Tensor  # (B, 16) 1 where the instruction changes the picture
+
+
+def sample_batch(rng: np.random.Generator, size: int, draw: bool, tokenizer, encode, no_caption: float = 0.1) -> Batch:
+    edits = [sample_drawing(rng) if draw else sample_edit(rng) for _ in range(size)]
+    dropped = rng.random(size) < no_caption
+    prompts = [" " if drop else e.instruction for e, drop in zip(edits, dropped, strict=True)]
+    target = encode(pictures([e.target_scene for e in edits]))
+    if draw:
+        return Batch(tokenize_prompts(tokenizer, prompts, template=T2I), target, None, torch.ones(size, 16))
+    source = encode(pictures([e.scene for e in edits]))
+    tokens = tokenize_prompts(tokenizer, prompts, [[e.source] for e in edits], EDIT)
+    return Batch(tokens, target, source, torch.stack([changed_tokens(e) for e in edits]))
+
+
+def changed_tokens(edit: Edit) -> Tensor:
+    """1 for the tokens (16 pixels square) in which source and target differ."""
+    differs = np.any(np.asarray(edit.source) != np.asarray(edit.target), axis=-1)
+    return torch.from_numpy(differs.reshape(4, 16, 4, 16).any((1, 3)).reshape(16)).float()
+
+
+def encode_prompts(encoder: Qwen2_5_VLTextEncoder, tokens: tuple) -> Tensor:
+    """What `encoder` and `drop_prefix` give, (B, Nt, C), with the template's prefix computed once for all rows.
+
+    Its keys and values are the same for every prompt, since attention is causal.
+    """
+    ids, mask, patches, grids, drop = tokens
+    positions = mrope_positions(ids, mask, grids, encoder.image_token_id)
+    angles = encoder.model._angles(positions)
+    x = encoder.model.embed_tokens(ids)
+    if patches is not None:
+        here = (ids == encoder.image_token_id)[..., None]
+        x = x.masked_scatter(here, encoder.visual(patches, grids))
+    first, rest = x[:1, :drop], x[:, drop:]
+    seen = torch.ones(rest.shape[1], ids.shape[1], dtype=torch.bool).tril(diagonal=drop)
+    for layer in encoder.model.layers:
+        q, k, v = _heads(layer, first, angles[:1, :, :drop])
+        out_first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q, k_rest, v_rest = _heads(layer, rest, angles[:, :, drop:])
+        k = torch.cat([k.expand(len(ids), -1, -1, -1), k_rest], dim=2)
+        v = torch.cat([v.expand(len(ids), -1, -1, -1), v_rest], dim=2)
+        out_rest = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        first, rest = _finish(layer, first, out_first), _finish(layer, rest, out_rest)
+    return encoder.model.norm(rest)
+
+
+def _heads(layer: nn.Module, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attn, x = layer.self_attn, layer.input_layernorm(x)
+    q, k, v = (p(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+    k, v = (t.repeat_interleave(attn.shared_by, dim=1) for t in (rotate(k, angles), v))
+    return rotate(q, angles), k, v
+
+
+def _finish(layer: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
+    x = x + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def velocity(net: nn.ModuleDict, batch: Batch, latents: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+    """The transformer's velocity for the target's tokens."""
+    shapes = [GRID] if batch.source is None else [GRID, GRID]
+    img = latents if batch.source is None else torch.cat([latents, batch.source], dim=1)
+    mask = batch.tokens[1][:, batch.tokens[4] :]
+    out = net["transformer"](img, text, None if mask.all() else mask, sigma, [shapes] * len(latents))
+    return out[:, : latents.shape[1]]
+
+
+def loss_of(net: nn.ModuleDict, batch: Batch, shift: float, changed_weight: float) -> Tensor:
+    """Flow matching: at a random noise level, how far is the predicted velocity from noise minus picture?"""
+    sigma = time_shift(torch.rand(len(batch.target)), shift)
+    noise = torch.randn_like(batch.target)
+    latents = batch.target + sigma[:, None, None] * (noise - batch.target)
+    text = encode_prompts(net["text_encoder"], batch.tokens)
+    error = (velocity(net, batch, latents, sigma, text) - (noise - batch.target)).square().mean(-1)  # (B, 16)
+    weight = 1 + (changed_weight - 1) * batch.changed
+    return (error * weight).sum() / weight.sum()
+
+
+@torch.no_grad()
+def accuracy(net: nn.ModuleDict, vae, tokenizer, encode, rows: int = 40, steps: int = 10) -> dict[str, float]:
+    """Per cent right by kind, on scenes of seeds that training never uses; 10 steps, no guidance."""
+    right = {}
+    for number, kind in enumerate((*WORLD.kinds, "draw")):
+        rng = np.random.default_rng(10**7 + number)
+        edits = [sample_drawing(rng) if kind == "draw" else sample_edit(rng, kind) for _ in range(rows)]
+        prompts = [e.instruction for e in edits]
+        if kind == "draw":
+            batch = Batch(tokenize_prompts(tokenizer, prompts, template=T2I), None, None, None)
+        else:
+            tokens = tokenize_prompts(tokenizer, prompts, [[e.source] for e in edits], EDIT)
+            batch = Batch(tokens, None, encode(pictures([e.scene for e in edits])), None)
+        text = encode_prompts(net["text_encoder"], batch.tokens)
+        latents = torch.randn(rows, 16, 64, generator=torch.Generator().manual_seed(0))
+        sigmas = get_sigmas(steps, 16).tolist()
+        for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+            v = velocity(net, batch, latents, torch.full((rows,), sigma), text)
+            latents = euler_step(latents, v, sigma, following)
+        right[kind] = 100 * sum(map(judge, to_images(vae, latents), edits)) / rows
+    return right
+
+
+def to_images(vae, latents: Tensor) -> list:
+    pixels = vae.decode(vae.denormalize(unpack_latents(latents, 8, 8)))
+    return [pixels_to_image(p[None]) for p in pixels]
+
+
+def load_vae(decoder: bool = False):
+    """The trained autoencoder, frozen; its decoder from the later phase where that has begun."""
+    vae = build_vae(json.loads(Path("runs/vae_config.json").read_text()))
+    path = Path("runs/vae_decoder.pt" if decoder and Path("runs/vae_decoder.pt").exists() else "runs/vae_joint.pt")
+    vae.load_state_dict(torch.load(path, weights_only=True)["vae"])
+    return vae.eval().requires_grad_(False)
+
+
+def optimizers(net: nn.ModuleDict, lr: float) -> nn.Module:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, modulation, ends, norms and biases."""
+    inside = {n for n, p in net.named_parameters() if p.ndim == 2 and any(k in n for k in (".attn.", "attn.", "mlp."))}
+    matrices = [p for n, p in net.named_parameters() if n in inside and "merger" not in n]
+    rest = [p for n, p in net.named_parameters() if n not in inside or "merger" in n]
+    return {
+        "muon": torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        "adamw": torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
+    }
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    tokenizer, vae = load_tokenizer("runs/tokenizer"), load_vae()
+    net, average = build(tokenizer), build(tokenizer)
+    average.load_state_dict(net.state_dict())
+    average.requires_grad_(False)
+    opts = optimizers(net, args.lr)
+    run = Run(Path("runs/transformer.pt"), {"net": net, "average": average} | opts, rng)
+    run.resume()
+    log = Log(HERE / "log_transformer.csv", ["minutes", "samples", "loss_edit", "loss_draw", *WORLD.kinds, "draw"])
+
+    mode = torch.compile(lambda x: vae.encode(x).mode(), dynamic=False) if args.compile else (lambda x: vae.encode(x).mode())
+
+    @torch.no_grad()
+    def encode(x: Tensor) -> Tensor:
+        """Pictures -> packed, normalised latents, in parts of one size (a compiled function knows no other)."""
+        padded = F.pad(x, (0,) * 9 + (-len(x) % 16,))
+        latents = torch.cat([mode(part) for part in padded.split(16)])[: len(x)]
+        return pack_latents(vae.normalize(latents))
+
+    losses: dict[bool, list[float]] = {False: [], True: []}
+    while run.step < args.steps:
+        pool = []
+        for _ in range(args.pool):  # each batch is drawn and encoded once, and used `reuse` times with other noise
+            pool.append(sample_batch(rng, args.batch, rng.random() < args.draw, tokenizer, encode))
+        for _ in range(args.reuse):
+            for index in rng.permutation(len(pool)):
+                batch = pool[index]
+                rate = args.lr * min(1, (run.step + 1) / 100, max(0.01, (1 - run.step / args.steps) / args.decay))
+                for opt in opts.values():
+                    opt.param_groups[0]["lr"] = rate
+                loss = loss_of(net, batch, args.shift, args.changed_weight)
+                net.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+                for opt in opts.values():
+                    opt.step()
+                run.step += 1
+                keep = min(args.average, run.step / (run.step + 10))
+                torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - keep)
+                losses[batch.source is None].append(loss.item())
+        # a pool is the unit of resumption: random states are saved only between pools
+        run.save()
+        means = {"loss_edit": float(np.mean(losses[False][-200:])), "loss_draw": float(np.mean(losses[True][-200:]))}
+        print(f"step {run.step} of {args.steps}, {run.elapsed() / 60:.1f} min, {means}", flush=True)
+        if (run.step // (args.pool * args.reuse)) % args.check_every == 0 or run.step >= args.steps:
+            right = accuracy(average, load_vae(decoder=True), tokenizer, encode)
+            log(minutes=run.elapsed() / 60, samples=run.step * args.batch, **means, **right)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--decay", type=float, default=0.5, help="the last share of the steps, in which lr falls to 0")
+    parser.add_argument("--draw", type=float, default=0.4, help="the share of batches that draw instead of edit")
+    parser.add_argument("--shift", type=float, default=3.0, help="pushes training towards high noise")
+    parser.add_argument("--changed-weight", type=float, default=3.0, help="loss weight of tokens that an edit changes")
+    parser.add_argument("--average", type=float, default=0.999, help="moving average of the weights")
+    parser.add_argument("--pool", type=int, default=40, help="batches that are encoded at a time")
+    parser.add_argument("--reuse", type=int, default=6, help="times that each is used")
+    parser.add_argument("--check-every", type=int, default=3, help="pools between two measurements of accuracy")
+    parser.add_argument("--compile", action="store_true", help="compile the encoder: faster, needs a C++ compiler")
+    parser.add_argument("--seed", type=int, default=0)
+    train(parser.parse_args())

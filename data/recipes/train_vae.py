@@ -1,0 +1,117 @@
+"""Trains the tiny checkpoint's autoencoder: python data/recipes/train_vae.py --help
+
+Two phases. `joint`: encoder and decoder together on crops of drawn scenes, then on whole scenes. `decoder`: the
+encoder is frozen, so latents no longer change and a transformer can be trained on them meanwhile; the decoder goes on.
+Writes runs/vae_joint.pt, runs/vae_decoder.pt and the logs beside this file.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import Log, Run, pictures
+
+from minqwen.shapes import WORLD, sample_scene
+from minqwen.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock
+
+HERE = Path(__file__).parent
+CONFIG = {"base_dim": 16, "z_dim": 16, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+
+
+def build_vae(config: dict = CONFIG) -> AutoencoderKLQwenImage:
+    """A fresh autoencoder whose branches start small, so that the residual paths carry the picture first."""
+    vae = AutoencoderKLQwenImage(**config)
+    for module in vae.modules():
+        if isinstance(module, ResidualBlock):
+            module.conv2.weight.data *= 0.3
+        if isinstance(module, AttentionBlock):
+            module.proj.weight.data *= 0.1
+    vae.quant_conv.bias.data[16:] = -5.0  # log-variance: nearly no noise at first
+    return vae
+
+
+def scenes(rng: np.random.Generator, count: int) -> list:
+    return [sample_scene(rng, WORLD, least=0, most=4) for _ in range(count)]
+
+
+def crops(pixels: torch.Tensor, rng: np.random.Generator, size: int = 32) -> torch.Tensor:
+    """One crop of each picture, (B, 3, 1, size, size)."""
+    corners = rng.integers(0, 64 - size + 1, (len(pixels), 2))
+    return torch.stack([p[..., y : y + size, x : x + size] for p, (y, x) in zip(pixels, corners, strict=True)])
+
+
+def psnr(vae: AutoencoderKLQwenImage) -> float:
+    """Decibels of the mean squared error over 128 pictures that training never sees."""
+    x = pictures(scenes(np.random.default_rng(10**6), 128))
+    with torch.no_grad():
+        error = (vae.decode(vae.encode(x).mode()) - x).div(2).square().mean()
+    return -10 * torch.log10(error).item()
+
+
+def train(phase: str, minutes: float, batch: int, lr: float, compile: bool, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed + (phase == "decoder"))
+    vae = build_vae()
+    if phase == "decoder":
+        vae.load_state_dict(torch.load("runs/vae_joint.pt", weights_only=True)["vae"])
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99), weight_decay=0)
+    run = Run(Path(f"runs/vae_{phase}.pt"), {"vae": vae, "optimizer": optimizer}, rng)
+    run.resume()
+    log = Log(HERE / f"log_vae_{phase}.csv", ["minutes", "step", "loss", "psnr"])
+    reconstruct = torch.compile(_reconstruct, dynamic=False) if compile else _reconstruct
+
+    while (done := run.elapsed() / 60 / minutes) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (run.step + 1) / 100, 2 * (1 - done))
+        x = pictures(scenes(rng, batch))
+        if done < 0.75:  # crops for three quarters of the time: four times as many pictures
+            x = crops(x, rng)
+        elif run.step % 4:
+            x = x[: batch // 4]
+        loss = reconstruct(vae, x)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        run.step += 1
+        if run.step % 250 == 0:
+            run.save()
+            log(minutes=run.elapsed() / 60, step=run.step, loss=loss.item(), psnr=psnr(vae))
+    run.save()
+    log(minutes=run.elapsed() / 60, step=run.step, loss=loss.item(), psnr=psnr(vae))
+    if phase == "joint":
+        write_statistics(vae)
+
+
+def _reconstruct(vae: AutoencoderKLQwenImage, x: torch.Tensor) -> torch.Tensor:
+    posterior = vae.encode(x)
+    y = vae.decode(posterior.sample())
+    kl = 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1 - posterior.logvar).mean()
+    return F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-4 * kl
+
+
+def write_statistics(vae: AutoencoderKLQwenImage) -> None:
+    """The mean and deviation of each latent channel over 2048 pictures, as the released config has them."""
+    with torch.no_grad():
+        z = torch.cat([vae.encode(pictures(scenes(np.random.default_rng(k), 128))).mode() for k in range(16)])
+    config = CONFIG | {
+        "latents_mean": [round(v, 4) for v in z.mean((0, 2, 3, 4)).tolist()],
+        "latents_std": [round(v, 4) for v in z.std((0, 2, 3, 4)).tolist()],
+    }
+    Path("runs/vae_config.json").write_text(json.dumps(config, indent=2))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=["joint", "decoder"])
+    parser.add_argument("--minutes", type=float, default=7)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2.5e-3)
+    parser.add_argument("--compile", action="store_true", help="torch.compile: twice as fast, needs a C++ compiler")
+    args = parser.parse_args()
+    train(args.phase, args.minutes, args.batch, args.lr, args.compile)

@@ -1,0 +1,247 @@
+"""Where weights are and how they get in: a folder or a hub repository in the released layout.
+
+    folder or "owner/name"  ->  configs (dict), tensors (name -> Tensor), modules with their weights
+
+A module is built on the meta device, where it costs nothing; its tensors are mapped from the files and assigned,
+strictly by name and shape. Of a repository on the hub, one can also read single layers: a safetensors file starts
+with a table of where each tensor lies, so a block of 0.7 GB comes out of 41 GB by HTTP byte ranges.
+The surprise: the number of shards differs between releases (9 or 5); only the index knows which file holds what.
+Pickled weights (.bin, .pt) are never opened: unpickling runs code. Tests: tests/test_checkpoint.py. Chapter 05.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download, hf_hub_url
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import build_hf_headers, http_backoff
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm.auto import tqdm
+
+STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' components, transformers' components
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Checkpoint:
+    """A checkpoint in the released layout: `model_index.json` beside a folder for each component.
+
+    source: a folder, or "owner/name" of a hub repository (then files are downloaded as they are needed, into
+    huggingface_hub's cache, where an interrupted download goes on later). Raises FileNotFoundError if neither.
+    """
+
+    def __init__(self, source: str | os.PathLike, revision: str | None = None):
+        self.source, self.revision = str(source), revision
+        self.folder = Path(source) if Path(source).is_dir() else None
+        if self.folder is None and (Path(source).exists() or not _looks_like_repo(self.source)):
+            raise FileNotFoundError(
+                f"{self.source} is neither a folder nor a hub repository 'owner/name'; minqwen reads the released "
+                "layout (model_index.json, transformer/, vae/, text_encoder/, ...), not single weight files"
+            )
+
+    def file(self, name: str) -> Path | None:
+        """A file of the checkpoint on this disk, downloaded first if it is on the hub; None if there is none."""
+        if self.folder is not None:
+            return self.folder / name if (self.folder / name).is_file() else None
+        try:
+            return Path(hf_hub_download(self.source, name, revision=self.revision))
+        except LocalEntryNotFoundError as error:
+            raise ConnectionError(f"cannot reach the hub for {name} of {self.source}: {error}") from None
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, HFValidationError) as error:
+            raise FileNotFoundError(f"cannot read {self.source} on the hub: {error}") from None
+
+    def folder_of(self, component: str, names: tuple[str, ...]) -> Path:
+        """The local folder of a component's small files (a tokenizer's, say); those that exist are fetched."""
+        found = [path for name in names if (path := self.file(f"{component}/{name}"))]
+        if not found:
+            raise FileNotFoundError(f"{self.source}: no {component}/ with any of {', '.join(names)}")
+        return found[0].parent
+
+    def config(self, name: str) -> dict:
+        """A JSON file of the checkpoint. Raises FileNotFoundError, or ValueError if it is no JSON object."""
+        path = self.file(name)
+        if path is None:
+            raise FileNotFoundError(f"{self.source} has no {name}: is it a checkpoint in the released layout?")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}): fetch it again") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} must hold a JSON object, found {type(config).__name__}")
+        return config
+
+    def weight_map(self, component: str) -> dict[str, str] | list[str]:
+        """Which file holds which tensor, from the index; without an index, the names of the files themselves."""
+        for stem in STEMS:
+            if self.file(f"{component}/{stem}.safetensors.index.json"):
+                weight_map = self.config(f"{component}/{stem}.safetensors.index.json").get("weight_map", {})
+                for file in set(weight_map.values()):
+                    _refuse_outside(file, f"{self.source}/{component}")
+                return weight_map
+        single = [f"{stem}.safetensors" for stem in STEMS]
+        if self.folder is not None:
+            single += sorted(path.name for path in (self.folder / component).glob("*.safetensors"))
+        for name in single:
+            if self._exists(f"{component}/{name}"):
+                return [name]
+        pickled = [] if self.folder is None else [p.name for p in (self.folder / component).glob("*.bin")]
+        hint = f"; {pickled} are pickled and never opened, as that could run code" if pickled else ""
+        raise FileNotFoundError(f"{self.source} has no safetensors weights in {component}/{hint}")
+
+    def _exists(self, name: str) -> bool:
+        if self.folder is not None:
+            return (self.folder / name).is_file()
+        try:
+            self._fetch(name, 0, 8)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def tensors(self, component: str, prefix: str = "") -> dict[str, torch.Tensor]:
+        """The tensors of a component whose names start with prefix, as stored: name -> Tensor.
+
+        From a folder they are mapped, not read: memory is used as they are touched. From the hub a prefix is read
+        by byte ranges, the whole component as files. Raises KeyError if no name starts with prefix.
+        """
+        weights = self.weight_map(component)
+        if isinstance(weights, dict):
+            wanted = {name: file for name, file in weights.items() if name.startswith(prefix)}
+            files = {file: [n for n in wanted if wanted[n] == file] for file in sorted(set(wanted.values()))}
+        else:
+            files = {weights[0]: None}
+        if self.folder is None and prefix:
+            tensors = self._read_ranges(component, files, prefix)
+        else:
+            self._announce(component, files)
+            paths = {file: self.file(f"{component}/{file}") for file in files}
+            tensors = {}
+            for file, names in files.items():
+                if paths[file] is None:
+                    raise FileNotFoundError(f"{self.source}/{component} lists {file}, which is not there: fetch it again")
+                tensors |= _mapped(paths[file], names, prefix)
+        if not tensors:
+            raise KeyError(f"no tensor in {self.source}/{component} starts with {prefix!r}")
+        return tensors
+
+    def load(
+        self,
+        module_class: type[nn.Module],
+        component: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> nn.Module:
+        """A component as a module in evaluation mode, its weights strictly by name and shape.
+
+        Raises ValueError that lists the missing, the unexpected and the misshapen tensors.
+        """
+        with torch.device("meta"):
+            module = module_class(**self.config(f"{component}/config.json"))
+        stored = self.tensors(component)
+        bar = tqdm(stored.items(), desc=f"loading {component}", unit=" tensors", leave=False, disable=len(stored) < 500)
+        moved = {name: tensor.to(device, dtype) for name, tensor in bar}
+        assign(module, moved, f"{self.source}/{component}")
+        return module.eval()
+
+    def _announce(self, component: str, files: dict) -> None:
+        """Before a download: how much it will be."""
+        if self.folder is not None:
+            return
+        sizes = [self._header(f"{component}/{file}")[2] for file in files]
+        print(f"{component}: {_gigabytes(sum(sizes))} in {len(sizes)} files from {self.source}, unless cached", flush=True)
+
+    def _read_ranges(self, component: str, files: dict, prefix: str) -> dict[str, torch.Tensor]:
+        plan = []
+        for file in files:
+            table, start, _ = self._header(f"{component}/{file}")
+            plan += [(file, name, start, entry) for name, entry in table.items() if name.startswith(prefix)]
+        total = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for *_, entry in plan)
+        print(f"{component}/{prefix}*: {len(plan)} tensors, {_gigabytes(total)} from {self.source}", flush=True)
+        tensors = {}
+        with tqdm(total=total, unit="B", unit_scale=True, desc=prefix, leave=False) as bar:
+            for file, name, start, entry in plan:
+                first, last = entry["data_offsets"]
+                data = self._fetch(f"{component}/{file}", start + first, start + last)
+                tensors[name] = _tensor(name, data, entry)
+                bar.update(last - first)
+        return tensors
+
+    def _header(self, name: str) -> tuple[dict, int, int]:
+        """The table of a safetensors file on the hub, where its data start, and the file's size in bytes."""
+        length = int.from_bytes(self._fetch(name, 0, 8), "little")
+        if not 2 <= length <= 100_000_000:  # the format's own limit
+            raise ValueError(f"{self.source}/{name} is not a safetensors file: its header claims {length} bytes")
+        try:
+            table = json.loads(self._fetch(name, 8, 8 + length))
+        except ValueError:
+            raise ValueError(f"{self.source}/{name} is not a safetensors file: its header is not JSON") from None
+        table.pop("__metadata__", None)
+        size = max((entry["data_offsets"][1] for entry in table.values()), default=0)
+        return table, 8 + length, 8 + length + size
+
+    def _fetch(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes start to stop of a file on the hub. Raises FileNotFoundError, ConnectionError."""
+        if start == stop:
+            return b""
+        url = hf_hub_url(self.source, name, revision=self.revision)
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}"}
+        try:
+            answer = http_backoff("GET", url, headers=headers, follow_redirects=True)
+        except Exception as error:  # the http library's own errors differ between versions of huggingface_hub
+            raise ConnectionError(f"cannot read {url}: {error}") from None
+        if answer.status_code in (401, 403, 404):
+            raise FileNotFoundError(f"{self.source} on the hub has no readable {name} (HTTP {answer.status_code})")
+        if answer.status_code != 206 or len(answer.content) != stop - start:
+            raise ConnectionError(
+                f"{url} answered HTTP {answer.status_code} with {len(answer.content)} bytes to a request for "
+                f"{stop - start}: the server does not serve byte ranges, or the file is cut off"
+            )
+        return answer.content
+
+
+def assign(module: nn.Module, tensors: dict[str, torch.Tensor], where: str = "these weights") -> None:
+    """Put tensors into a module built on the meta device, strictly; a ValueError lists all that does not fit."""
+    try:
+        module.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{where} do not fit {type(module).__name__}: {_shortened(str(error))}") from None
+
+
+def _mapped(path: Path, names: list[str] | None, prefix: str) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)] if names is None else names
+            return {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or does not match its index ({error}): fetch it again") from None
+
+
+def _tensor(name: str, data: bytes, entry: dict) -> torch.Tensor:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{name} is stored as {entry['dtype']}; minqwen reads {', '.join(DTYPES)}")
+    dtype = DTYPES[entry["dtype"]]
+    if len(data) != math.prod(entry["shape"]) * dtype.itemsize:
+        raise ValueError(f"{name}: {len(data)} bytes do not make a {entry['dtype']} tensor of shape {entry['shape']}")
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(entry["shape"])
+
+
+def _refuse_outside(file: str, where: str) -> None:
+    if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+        raise ValueError(f"the index of {where} points to {file!r}; only safetensors files beside it are opened")
+
+
+def _looks_like_repo(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _shortened(message: str, lines: int = 12, width: int = 600) -> str:
+    kept = [line if len(line) <= width else line[:width] + " ..." for line in message.splitlines()]
+    return "\n".join(kept[:lines] + ([f"... and {len(kept) - lines} lines more"] if len(kept) > lines else []))

@@ -1,0 +1,131 @@
+"""Pictures at the border: PIL on the outside, tensors on the inside, and the token layout of latents.
+
+    PIL RGB (W, H)  <->  pixels (1, 3, 1, H, W) float32 in [-1, 1]
+    latents (B, 16, 1, h, w)  <->  packed (B, (h/2)(w/2), 64), channel c*4 + dy*2 + dx
+
+The surprise: the two sides of a working size are rounded to 32 separately, so a picture's proportions change
+by a few per cent on the way in; that is part of the "zoom" that people see in edits.
+Matches diffusers' VaeImageProcessor and its packing (tests/test_images.py). diffusers neither turns
+phone photos upright nor takes anything but RGB; `load_image` sees to both. Chapter 06.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+STEP = 32  # the VAE's 8 times the packing's 2 would ask for 16; Qwen-Image rounds to 32
+MAX_RATIO = 200
+
+
+def calculate_dimensions(area: int, ratio: float) -> tuple[int, int]:
+    """The working size (width, height) in pixels near `area` pixels with `ratio` = width / height.
+
+    Multiples of 32, never below 32; halves round to even, as Python's round does. ValueError for an area that
+    is not positive or a ratio outside 1/200 to 200. Source: diffusers' pipeline_qwenimage_edit.py.
+    """
+    if not (area > 0 and math.isfinite(area)):
+        raise ValueError(f"area must be a positive number of pixels, got {area}")
+    if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
+        raise ValueError(f"width / height must be 1/{MAX_RATIO} to {MAX_RATIO}, got {ratio}: crop first")
+    width = math.sqrt(area * ratio)
+    height = width / ratio
+    return max(STEP, round(width / STEP) * STEP), max(STEP, round(height / STEP) * STEP)
+
+
+def load_image(image: Image.Image | str | Path) -> Image.Image:
+    """Any picture as upright RGB: EXIF orientation applied, transparency onto white, 16 bits scaled to 8.
+
+    Takes a path or a PIL image; of an animation, the first frame. FileNotFoundError for a missing file,
+    ValueError when it cannot be read as a picture or its mode (F, LAB) says too little about its colours,
+    TypeError for what is neither a path nor a PIL image.
+    """
+    if isinstance(image, str | Path):
+        image = _open(Path(image))
+    elif not isinstance(image, Image.Image):
+        raise TypeError(f"expected a PIL image or a path, got {type(image).__name__}")
+    if 0 in image.size:
+        raise ValueError(f"the picture is empty: {image.width} x {image.height} pixels")
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _open(path: Path) -> Image.Image:
+    if not path.exists():
+        raise FileNotFoundError(f"no such picture: {path}")
+    try:
+        image = Image.open(path)
+        image.load()  # a cut-off file shows itself only when its pixels are read
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"cannot read {path} as a picture: {error}") from error
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit grey; convert() would cut off above 255
+        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("F", "LAB"):
+        raise ValueError(f"no agreed way from mode {image.mode} to RGB: convert the picture yourself first")
+    if image.mode in ("La", "RGBa", "PA") or image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image  # La goes nowhere but to LA
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def resize_image(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture at exactly width x height pixels, by Lanczos, whatever that does to its aspect ratio."""
+    return image.resize((width, height), resample=Image.Resampling.LANCZOS)
+
+
+def image_to_pixels(image: Image.Image) -> torch.Tensor:
+    """An RGB picture as (1, 3, 1, H, W) float32 in [-1, 1]. ValueError for other modes: see `load_image`."""
+    if image.mode != "RGB":
+        raise ValueError(f"expected an RGB picture, got mode {image.mode}: pass it through load_image first")
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
+    return rearrange(2 * pixels - 1, "h w c -> 1 c 1 h w")
+
+
+def pixels_to_image(pixels: torch.Tensor) -> Image.Image:
+    """(1, 3, 1, H, W) in [-1, 1], any dtype or device, as a PIL picture; values outside are cut off.
+
+    ValueError for another shape, and for NaN, which would otherwise come out as black.
+    """
+    if pixels.ndim != 5 or pixels.shape[:3] != (1, 3, 1):
+        raise ValueError(f"expected pixels of shape (1, 3, 1, H, W), got {tuple(pixels.shape)}")
+    pixels = rearrange(pixels.detach().float().cpu(), "1 c 1 h w -> h w c")
+    if pixels.isnan().any():
+        raise ValueError("the pixels hold NaN: the model overflowed; use bfloat16 or float32, not float16")
+    levels = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.numpy())
+
+
+def pack_latents(latents: torch.Tensor) -> torch.Tensor:
+    """(B, C, 1, h, w) -> (B, (h/2)(w/2), C*4): each 2x2 patch becomes one token, channel c*4 + dy*2 + dx.
+
+    ValueError when h or w is odd or there is more than one frame.
+    """
+    if latents.ndim != 5 or latents.shape[2] != 1:
+        raise ValueError(f"expected latents of shape (B, C, 1, h, w), got {tuple(latents.shape)}")
+    _check_even(*latents.shape[-2:])
+    return rearrange(latents, "b c 1 (h dy) (w dx) -> b (h w) (c dy dx)", dy=2, dx=2)
+
+
+def unpack_latents(packed: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """(B, (h/2)(w/2), C*4) -> (B, C, 1, h, w), where h and w are the latents' own height and width.
+
+    ValueError when h or w is odd or does not fit the number of tokens.
+    """
+    _check_even(h, w)
+    tokens = (h // 2) * (w // 2)
+    if packed.ndim != 3 or packed.shape[1] != tokens or packed.shape[2] % 4:
+        raise ValueError(f"latents of {h} x {w} pack into (B, {tokens}, C*4), got {tuple(packed.shape)}")
+    return rearrange(packed, "b (h w) (c dy dx) -> b c 1 (h dy) (w dx)", h=h // 2, dy=2, dx=2)
+
+
+def _check_even(h: int, w: int) -> None:
+    if h % 2 or w % 2 or h < 2 or w < 2:
+        raise ValueError(f"h and w must be even to be packed 2x2, got {h} x {w}: size pictures in 16s")

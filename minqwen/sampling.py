@@ -1,0 +1,80 @@
+"""From noise to picture: which noise levels to visit, how to step between them, how to lean on the prompt.
+
+    steps S, image tokens Ni  ->  sigmas (S + 1,), from 1 down to 0
+    latents, velocity, two sigmas  ->  latents a step nearer to the picture
+
+The model predicts a velocity, noise minus picture; following it backwards from pure noise (sigma 1) in S straight
+steps ends at a picture (sigma 0). Larger pictures spend more of their steps at high noise.
+The surprise: guidance keeps the length that the prediction had without it, token by token.
+Matches diffusers' FlowMatchEulerDiscreteScheduler and QwenImagePipeline (tests/test_sampling.py). Chapter 09.
+"""
+
+import math
+
+import torch
+
+MUST_BE_OFF = (
+    "invert_sigmas",
+    "stochastic_sampling",
+    "use_beta_sigmas",
+    "use_exponential_sigmas",
+    "use_karras_sigmas",
+)
+
+
+def get_sigmas(
+    num_inference_steps: int,
+    image_seq_len: int,
+    base_image_seq_len: int = 256,  # tokens at which mu is base_shift
+    base_shift: float = 0.5,
+    max_image_seq_len: int = 8192,  # tokens at which mu is max_shift
+    max_shift: float = 0.9,
+    shift: float = 1.0,  # used where use_dynamic_shifting is off
+    shift_terminal: float | None = 0.02,  # the last noise level before 0
+    use_dynamic_shifting: bool = True,
+    time_shift_type: str = "exponential",
+    num_train_timesteps: int = 1000,
+    **stale,
+) -> torch.Tensor:
+    """Noise levels of a run: (S + 1,) float32, falling from 1 to 0.
+
+    image_seq_len counts the target's tokens only. The keywords are those of scheduler_config.json, the defaults
+    the released values (the fallbacks in diffusers' code are FLUX's and differ).
+    One step goes straight from 1 to 0; there the terminal stretch would divide 0 by 0, as it does in diffusers.
+    Raises ValueError for fewer than one step and for schedules that are not computed here.
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    on = [key for key in MUST_BE_OFF if stale.pop(key, False)]
+    unknown = [key for key in stale if not key.startswith("_")]
+    if on or unknown or time_shift_type != "exponential":
+        raise ValueError(f"scheduler config not computed here: {on + unknown or time_shift_type}")
+    sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64)
+    if use_dynamic_shifting:
+        slope = (max_shift - base_shift) / (max_image_seq_len - base_image_seq_len)
+        shift = math.exp(base_shift + slope * (image_seq_len - base_image_seq_len))  # e^mu
+    sigmas = time_shift(sigmas, shift)
+    if shift_terminal and num_inference_steps > 1:
+        sigmas = 1 - (1 - sigmas) * (1 - shift_terminal) / (1 - sigmas[-1])
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+
+
+def time_shift(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
+    """Push noise levels in [0, 1] upwards for shift > 1, keeping 0 and 1: shift * s / (1 + (shift - 1) * s)."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def euler_step(latents: torch.Tensor, velocity: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:
+    """One straight step along the velocity. Latents stay float32 whatever the model computes in."""
+    return latents + (sigma_next - sigma) * velocity.float()
+
+
+def guide(positive: torch.Tensor, negative: torch.Tensor, true_cfg_scale: float) -> torch.Tensor:
+    """Classifier-free guidance: away from the negative prompt, at the length of the positive prediction.
+
+    positive, negative (B, N, 64): velocities under the two prompts  ->  (B, N, 64); scale 1 changes nothing.
+    The length is taken over the 64 numbers of each token. Source: Ho and Salimans 2022; QwenImagePipeline.
+    """
+    positive, negative = positive.float(), negative.float()
+    combined = negative + true_cfg_scale * (positive - negative)
+    return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))

@@ -1,0 +1,228 @@
+"""The vision tower of Qwen2.5-VL: an image becomes a run of tokens that the language model can read.
+
+    patches (P, 1176), grids (n, 3) of (1, gh, gw)  ->  tokens (P/4, 3584), images one after the other
+
+A transformer over 14×14-pixel patches. 28 of its 32 blocks look only inside windows of 8×8 patches, four look
+at the whole image; at the end each 2×2 square of patches is merged into one token.
+The surprise: patches arrive square by square, not row by row, and the tower reorders the squares window by
+window before the first block and puts them back after the last. Images never attend to each other.
+Matches transformers' Qwen2_5_VisionTransformerPretrainedModel (tests/test_vision.py). Chapter 07.
+"""
+
+from itertools import accumulate, chain, groupby
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+Runs = list[tuple[int, int]]  # consecutive groups of equal length: (how many, tokens in each)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in fp32, rounded to the dtype of x, then scaled. (..., C) -> (..., C)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): one branch decides how much of the other passes. (..., C) -> (..., C)."""
+
+    def __init__(self, dim: int, hidden: int, bias: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    """theta^(-2i/dim), (dim/2,): radians that channel pair i turns from one position to the next."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + D/2) of `x` (..., D) by `angles` (..., D/2) in radians, in fp32.
+
+    The transformer of chapter 02 pairs neighbours (2i, 2i + 1); Qwen2.5-VL pairs the two halves.
+    """
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, dim: int, in_channels: int, temporal_patch_size: int, patch_size: int):
+        super().__init__()
+        kernel = (temporal_patch_size, patch_size, patch_size)
+        # the checkpoint calls it a 3-D convolution; its stride is its kernel, so it is one matrix
+        self.proj = nn.Conv3d(in_channels, dim, kernel, stride=kernel, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)
+        return F.linear(patches.to(weight.dtype), weight)
+
+
+class VisionAttention(nn.Module):
+    """Full attention inside each group of consecutive patches, none between groups."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, angles: Tensor, runs: Runs) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "p (three h d) -> three p h d", three=3, h=self.num_heads)
+        q, k = rotate(q, angles), rotate(k, angles)
+        sizes = [count * length for count, length in runs]
+        out = [
+            self._attend(*(rearrange(t, "(n l) h d -> n h l d", l=length) for t in qkv))
+            for (_, length), *qkv in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+        ]
+        return self.proj(torch.cat(out))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "n h l d -> (n l) (h d)")
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, dim: int, num_heads: int, hidden: int):
+        super().__init__()
+        self.norm1 = RMSNorm(dim)
+        self.norm2 = RMSNorm(dim)
+        self.attn = VisionAttention(dim, num_heads)
+        self.mlp = SwiGLU(dim, hidden, bias=True)
+
+    def forward(self, x: Tensor, angles: Tensor, runs: Runs) -> Tensor:
+        x = x + self.attn(self.norm1(x), angles, runs)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nn.Module):
+    """Four neighbouring patches side by side, then a small MLP into the language model's width."""
+
+    def __init__(self, dim: int, out_dim: int, unit: int):
+        super().__init__()
+        self.ln_q = RMSNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(unit * dim, unit * dim), nn.GELU(), nn.Linear(unit * dim, out_dim))
+        self.unit = unit
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(rearrange(self.ln_q(x), "(n unit) c -> n (unit c)", unit=self.unit))
+
+
+def image_layout(gh: int, gw: int, merge: int, window: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Where the patches of one image lie, and how its squares of `merge`×`merge` patches sort into windows.
+
+    gh, gw: patches down and across; window: squares along a window's side. Returns
+    positions (squares, merge², 2): row and column of each patch, in the order in which patches arrive;
+    order (squares,): the squares window by window, windows of equal size next to each other;
+    lengths: patches in each window of that order.
+    """
+    row, col = torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij")
+    positions = rearrange(torch.stack([row, col], -1), "(h a) (w b) two -> (h w) (a b) two", a=merge, b=merge)
+    down, across = torch.arange(gh // merge) // window, torch.arange(gw // merge) // window
+    label = (down[:, None] * gw + across).flatten()  # a number for each window
+    _, label, count = label.unique(return_inverse=True, return_counts=True)
+    order = (count[label] * len(count) + label).argsort(stable=True)  # by size of the window, then by window
+    return positions, order, sorted((count * merge**2).tolist())
+
+
+def run_lengths(lengths: list[int]) -> Runs:
+    """[64, 64, 32] -> [(2, 64), (1, 32)]: equal neighbours can go through attention as one batch."""
+    return [(len(list(group)), length) for length, group in groupby(lengths)]
+
+
+class Qwen2_5_VLVisionTower(nn.Module):
+    """Keywords: `vision_config` of text_encoder/config.json; other keys of that file are ignored."""
+
+    def __init__(
+        self,
+        depth: int = 32,
+        hidden_size: int = 1280,
+        intermediate_size: int = 3420,  # inside the SwiGLU
+        num_heads: int = 16,
+        in_channels: int = 3,
+        in_chans: int | None = None,  # an older name of in_channels
+        patch_size: int = 14,  # pixels
+        temporal_patch_size: int = 2,  # frames; a still image is shown twice
+        spatial_merge_size: int = 2,  # 2×2 patches become one token
+        window_size: int = 112,  # pixels
+        fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31),  # blocks that see the whole image
+        out_hidden_size: int = 3584,  # the language model's width
+        hidden_act: str = "silu",
+        rope_parameters: dict | None = None,  # transformers 5 only: {"rope_type": "axial", "rope_theta": 1e4}
+        **_unused,
+    ):
+        super().__init__()
+        rope = rope_parameters or {}
+        if hidden_act != "silu" or rope.get("rope_type", "axial") != "axial":
+            raise ValueError(
+                f"vision_config asks for hidden_act={hidden_act!r} and rope {rope}; "
+                "only 'silu' and 'axial' are computed here"
+            )
+        if hidden_size % (4 * num_heads):
+            raise ValueError(
+                f"vision_config's hidden_size {hidden_size} must be a multiple of 4 × num_heads ({num_heads})"
+            )
+        self.spatial_merge_size = spatial_merge_size
+        self.window = window_size // patch_size // spatial_merge_size
+        self.fullatt_block_indexes = tuple(fullatt_block_indexes)
+        self.head_dim = hidden_size // num_heads
+        self.rope_theta = rope.get("rope_theta", 10000.0)
+        self.patch_embed = PatchEmbed(hidden_size, in_chans or in_channels, temporal_patch_size, patch_size)
+        sizes = hidden_size, num_heads, intermediate_size
+        self.blocks = nn.ModuleList(VisionBlock(*sizes) for _ in range(depth))
+        self.merger = PatchMerger(hidden_size, out_hidden_size, spatial_merge_size**2)
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """Patches of all images (P, 1176), their grids (n, 3) -> (P/4, out_hidden_size), in the same order.
+
+        pixel_values: rows from `minqwen.prompt.image_patches`, images one after the other, normalised pixels.
+        grid_thw: (1, gh, gw) of each image in patches; gh and gw are multiples of spatial_merge_size.
+        Raises ValueError when the two do not fit together, or for video (t > 1).
+        Source: Qwen2.5-VL technical report, section 2.1.1.
+        """
+        grids = self._check(pixel_values, grid_thw)
+        order, angles, windows, images = self._layout(grids, pixel_values.device)
+        unit = self.spatial_merge_size**2
+        squares = rearrange(self.patch_embed(pixel_values), "(n unit) c -> n unit c", unit=unit)
+        x = squares[order].flatten(0, 1)
+        for i, block in enumerate(self.blocks):
+            x = block(x, angles, images if i in self.fullatt_block_indexes else windows)
+        return self.merger(x)[order.argsort()]
+
+    def _check(self, pixel_values: Tensor, grid_thw: Tensor) -> list[tuple[int, int]]:
+        grids, merge = grid_thw.tolist(), self.spatial_merge_size
+        if any(t != 1 or h % merge or w % merge for t, h, w in grids):
+            raise ValueError(f"grids {grids} must be (1, gh, gw), gh and gw multiples of {merge}; no video")
+        width, rows = self.patch_embed.proj.weight[0].numel(), sum(h * w for _, h, w in grids)
+        if pixel_values.shape != (rows, width):
+            raise ValueError(
+                f"pixel_values are {tuple(pixel_values.shape)}, but grids {grids} and this tower's patches "
+                f"call for ({rows}, {width})"
+            )
+        return [(h, w) for _, h, w in grids]
+
+    def _layout(
+        self, grids: list[tuple[int, int]], device: torch.device
+    ) -> tuple[Tensor, Tensor, Runs, Runs]:
+        """Order of all squares (n,), angles (P, 1, D/2) in that order, runs of windows, runs of images."""
+        known = {grid: image_layout(*grid, self.spatial_merge_size, self.window) for grid in set(grids)}
+        positions, orders, lengths = zip(*(known[grid] for grid in grids), strict=True)
+        starts = [0, *accumulate(map(len, orders))]
+        order = torch.cat([order + start for order, start in zip(orders, starts, strict=False)]).to(device)
+        turns = inverse_frequencies(self.head_dim // 2, self.rope_theta, device)
+        # half of the pairs turn with the row, half with the column
+        angles = torch.cat(positions).to(device)[order].flatten(0, 1)[..., None] * turns
+        images = run_lengths([h * w for h, w in grids])
+        return order, angles.flatten(1)[:, None], run_lengths(list(chain(*lengths))), images

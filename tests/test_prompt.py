@@ -1,0 +1,418 @@
+"""Tokenizer, templates, image patches against transformers; the whole encoding against diffusers' pipelines.
+
+The real vocabulary is not shipped. These tests train a small one of the same kind, in which every word of the
+templates is one token as it is in the real one; the published ids are checked when MINQWEN_MODEL names a
+folder.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImagePipeline
+from PIL import Image
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
+
+from minqwen import prompt as P
+from minqwen.text_encoder import Qwen2_5_VLTextEncoder
+
+SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
+<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|>
+<|video_pad|>""".split()
+CROSSING = ["1 2", "a 1", "a ,", "a Ġ", "a Ċ", "Ċ a"]  # merges that only a wrong splitting would use (Ġ space, Ċ \\n)
+PLAIN = ["<tool_call>", "</tool_call>", "<|fim_prefix|>"]  # added, but not special
+
+
+@pytest.fixture(scope="session")
+def released_form(tmp_path_factory) -> Path:
+    """vocab.json, merges.txt and tokenizer_config.json: what the released text-to-image repositories have."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(P.WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    words = ["".join(t.text for t in (P.T2I, P.EDIT)), "Picture a cat's café naïve 你好 世界 don't 한국어"]
+    alphabet, size = pre_tokenizers.ByteLevel.alphabet(), {"vocab_size": 2000, "min_frequency": 1}
+    trainer = trainers.BpeTrainer(**size, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(words, trainer)
+    bpe.model.save(str(folder))
+    vocab, merges = json.loads((folder / "vocab.json").read_text()), (folder / "merges.txt").read_text()
+    vocab |= {merge.replace(" ", ""): len(vocab) + n for n, merge in enumerate(CROSSING)}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text(merges + "\n".join(CROSSING) + "\n")
+    added = {
+        len(vocab) + n: {"content": token, "special": token in SPECIAL, "normalized": False,
+                                   "lstrip": False, "rstrip": False, "single_word": False}
+        for n, token in enumerate(SPECIAL + PLAIN)
+    }  # fmt: skip
+    config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
+    config |= {"pad_token": SPECIAL[0], "eos_token": "<|im_end|>", "additional_special_tokens": SPECIAL[1:]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(released_form) -> Qwen2Tokenizer:
+    return Qwen2Tokenizer.from_pretrained(released_form)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(released_form) -> Tokenizer:
+    return P.load_tokenizer(released_form)
+
+
+def noise(rng, width: int, height: int) -> Image.Image:
+    return Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))
+
+
+# ---- tokenizer
+
+PIECES = [
+    *["é", "e\u0301", "o\u0302\u0323", "ﬁ", "한국어", "\u1112\u1161\u11ab", "你好，世界", "日本語"],
+    *["مرحبا", "Привет", "🙂", "👩\u200d🚀", "\u200b"],
+    *["\n", "\r\n", "\n\n ", " ", "   ", "\t", "\u00a0", "\u3000"],
+    *["12345", "٣٤", "½", "a1", "a,", "a\n", "\na", "don't", "I'LL", "'s", "cat", " dog", "...", "!?", "<|", "|>"],
+    *[">\u0338", "<tool_call>\u0338", *SPECIAL, *PLAIN],
+]
+
+
+def random_text(rng) -> str:
+    """Pieces and any characters that there are (those from D800 to DFFF are none)."""
+    characters = [chr(rng.randrange(32, 0xD800)) for _ in range(9)] + [chr(rng.randrange(0xE000, 0x110000))]
+    return "".join(rng.choice(rng.choice([PIECES, characters])) for _ in range(rng.randint(0, 25)))
+
+
+def test_ids_equal_transformers(rng, tokenizer, reference, released_form, tmp_path):
+    """From vocab.json and merges.txt, and from the tokenizer.json that transformers makes of them."""
+    reference.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file() and not (tmp_path / "vocab.json").is_file()
+    from_json = P.load_tokenizer(tmp_path)
+    texts = PIECES + [random_text(rng) for _ in range(300)]
+    expected = reference(texts).input_ids
+    for ours in (tokenizer, from_json):
+        got = [encoding.ids for encoding in ours.encode_batch(texts, add_special_tokens=False)]
+        wrong = [text for text, a, b in zip(texts, got, expected, strict=True) if a != b]
+        assert not wrong, wrong
+
+
+def test_text_comes_back(rng, tokenizer):
+    """No character is unknown to a tokenizer that ends in bytes."""
+    text = "red\u2028 Ω 你好 🙂\n\tnew"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+@pytest.mark.parametrize("form", ["added_tokens.json", "tokenizer.json", "both, settings left in"])
+def test_other_places_of_added_tokens(form, tokenizer, reference, released_form, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((released_form / name).read_bytes())
+    if form == "added_tokens.json":
+        listed = {token: tokenizer.token_to_id(token) for token in SPECIAL + PLAIN}
+        (tmp_path / form).write_text(json.dumps(listed))
+    else:
+        reference.save_pretrained(tmp_path)  # tokenizer.json, and a tokenizer_config.json without the list
+        if form != "tokenizer.json":
+            (tmp_path / "vocab.json").unlink()
+            saved = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+            saved.enable_truncation(3)
+            saved.enable_padding(length=9)
+            saved.save(str(tmp_path / "tokenizer.json"))
+    for text in ("a", P.EDIT.text.format("<tool_call> cafe\u0301")):
+        assert P.load_tokenizer(tmp_path).encode(text).ids == tokenizer.encode(text).ids
+
+
+def test_a_broken_tokenizer_folder_says_what_is_wrong(released_form, tmp_path):
+    with pytest.raises(FileNotFoundError, match="vocab.json and merges.txt, or tokenizer.json"):
+        P.load_tokenizer(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((released_form / name).read_bytes())
+    with pytest.raises(ValueError, match="does not list .*im_start"):
+        P.load_tokenizer(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<|endoftext|>": 151643}')
+    with pytest.raises(ValueError, match="do not belong together"):
+        P.load_tokenizer(tmp_path)
+
+
+# ---- templates
+
+
+def test_templates_are_those_of_diffusers():
+    none = dict.fromkeys(["scheduler", "vae", "text_encoder", "tokenizer", "transformer"])
+    for template, pipe in [
+        (P.T2I, QwenImagePipeline(**none)),
+        (P.EDIT, QwenImageEditPipeline(**none, processor=None)),
+        (P.EDIT_PLUS, QwenImageEditPlusPipeline(**none, processor=None)),
+    ]:
+        expected = pipe.prompt_template_encode.replace(P.EDIT.picture, "")  # EDIT's holds the picture
+        assert (template.text, template.drop) == (expected, pipe.prompt_template_encode_start_idx)
+
+
+def check_prefix_lengths(tokenizer: Tokenizer):
+    for template in (P.T2I, P.EDIT, P.EDIT_PLUS):
+        prefix, suffix = template.text.split("{}")
+        assert len(tokenizer.encode(prefix).ids) == template.drop
+        assert len(tokenizer.encode(suffix).ids) == 5
+
+
+def test_prefixes_are_34_and_64_tokens(tokenizer):
+    check_prefix_lengths(tokenizer)
+
+
+def test_prefixes_of_the_shipped_tokenizer():
+    folder = Path(__file__).parents[1] / "data" / "tiny" / "tokenizer"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} does not exist yet")
+    check_prefix_lengths(P.load_tokenizer(folder))
+
+
+def test_published_ids_of_the_real_vocabulary():
+    folder = Path(os.environ.get("MINQWEN_MODEL", "")) / "tokenizer"
+    if "MINQWEN_MODEL" not in os.environ or not folder.is_dir():
+        pytest.skip("MINQWEN_MODEL names no local folder with a tokenizer/ in it")
+    tokenizer = P.load_tokenizer(folder)
+    if tokenizer.get_vocab_size() < 151_643:
+        pytest.skip(f"{folder} is not of the released size: {tokenizer.get_vocab_size()} tokens")
+    check_prefix_lengths(tokenizer)
+    for text, ids in {
+        P.T2I.text.split("{}")[0]: [
+            151644, 8948, 198, 74785, 279, 2168, 553, 44193, 279, 1894, 11, 6083, 11, 1379, 11, 10434, 11,
+            12194, 11, 1467, 11, 27979, 11871, 315, 279, 6171, 323, 4004, 25, 151645, 198, 151644, 872, 198
+        ],
+        P.EDIT.text.split("{}")[0]: [
+            151644, 8948, 198, 74785, 279, 1376, 4419, 315, 279, 1946, 2168, 320, 3423, 11, 6083, 11, 1379,
+            11, 10434, 11, 6171, 11, 4004, 701, 1221, 10339, 1246, 279, 1196, 594, 1467, 7600, 1265, 11596,
+            476, 5602, 279, 2168, 13, 19813, 264, 501, 2168, 429, 20027, 279, 1196, 594, 8502, 1393, 20337,
+            28137, 448, 279, 4024, 1946, 1380, 8311, 13, 151645, 198, 151644, 872, 198
+        ],
+        P.EDIT.text.split("{}")[1]: [151645, 198, 151644, 77091, 198],
+        "Picture 1: " + P.EDIT.picture: [24669, 220, 16, 25, 220, 151652, 151655, 151653],
+        "a cat": [64, 8251],
+        " ": [220],
+        "dance monkey": [98875, 38703],
+        "bad quality": [13855, 4271],
+        "<tool_call>": [151657],
+    }.items():  # fmt: skip
+        assert tokenizer.encode(text).ids == ids, text
+
+
+# ---- images
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        ((1024, 1024), (1036, 1036)),
+        ((896, 1184), (896, 1176)),
+        ((384, 384), (392, 392)),
+        ((320, 448), (308, 448)),
+        ((288, 512), (280, 504)),
+        ((10, 20), (56, 84)),
+    ],
+)
+def test_smart_resize(size, expected):
+    assert P.smart_resize(*size) == expected
+
+
+def test_smart_resize_equals_transformers(rng):
+    for _ in range(500):
+        h, w = (int(10 ** rng.uniform(0, 4)) for _ in range(2))
+        limits = rng.choice([(3136, 12845056), (3136, 1003520), (50_000, 60_000)])
+        if max(h, w) > 200 * min(h, w):
+            with pytest.raises(ValueError, match="at most 200 times"):
+                P.smart_resize(h, w, 28, *limits)
+        else:
+            assert P.smart_resize(h, w, 28, *limits) == reference_smart_resize(h, w, 28, *limits)
+
+
+def test_patches_equal_transformers(rng):
+    limits = rng.choice([(3136, 12845056), (3136, 20_000), (50_000, 80_000)])
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": limits[0], "longest_edge": limits[1]})
+    for _ in range(4):
+        image = noise(rng, rng.randint(20, 300), rng.randint(20, 300))
+        expected = processor(image, return_tensors="pt")
+        patches, grid = P.image_patches(image, min_pixels=limits[0], max_pixels=limits[1])
+        assert [list(grid)] == expected.image_grid_thw.tolist()
+        assert patches.dtype == torch.float32 and patches.shape == (grid[1] * grid[2], 1176)
+        assert (patches - expected.pixel_values).abs().max() <= 1e-6
+
+
+def test_a_picture_of_1024_pixels_is_not_shrunk():
+    """transformers' class default would; the released processors' limit does not."""
+    assert P.image_patches(Image.new("RGB", (1024, 1024)))[1] == (1, 74, 74)
+
+
+def test_patches_want_rgb(rng):
+    with pytest.raises(TypeError, match="PIL image, got ndarray"):
+        P.image_patches(np.zeros((9, 9, 3)))
+    with pytest.raises(ValueError, match="RGBA.*load_image"):
+        P.image_patches(Image.new("RGBA", (99, 99)))
+
+
+def test_image_settings(tmp_path):
+    assert P.load_image_settings(tmp_path / "nowhere") == {}  # image_patches has the released values
+    inner = {"size": {"shortest_edge": 1, "longest_edge": 2}, "patch_size": 7, "image_mean": [0, 0, 0]}
+    expected = {"min_pixels": 1, "max_pixels": 2, "patch_size": 7, "image_mean": [0, 0, 0]}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
+    assert P.load_image_settings(tmp_path) == expected
+    old = tmp_path / "preprocessor_config.json"  # read first; min_pixels and max_pixels go before size
+    old.write_text(json.dumps(inner | {"min_pixels": 3, "max_pixels": None}))
+    assert P.load_image_settings(tmp_path) == expected | {"min_pixels": 3}
+    for wrong in ({"resample": 2}, {"do_rescale": False}, {"do_normalize": False}, {"rescale_factor": 1.0}):
+        old.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} = .* is computed here"):
+            P.load_image_settings(tmp_path)
+
+
+# ---- prompts
+
+
+def test_an_empty_prompt_keeps_five_tokens(tokenizer):
+    batch = P.tokenize_prompts(tokenizer, ["", " ", "a cat"])
+    assert (batch.attention_mask.sum(1) - batch.drop).tolist() == [5, 6, 7]
+    assert batch.input_ids[0, -2:].tolist() == [tokenizer.token_to_id("<|endoftext|>")] * 2
+    assert batch.pixel_values is None and batch.image_grid_thw is None
+
+
+def test_images_become_as_many_tokens_as_they_have_squares(rng, tokenizer):
+    images = [[noise(rng, 64, 64)], [noise(rng, 100, 200), noise(rng, 300, 60)]]
+    batch = P.tokenize_prompts(tokenizer, ["add", "remove the cat"], images, P.EDIT_PLUS)
+    assert batch.image_grid_thw.tolist() == [[1, 4, 4], [1, 14, 8], [1, 4, 22]]
+    assert (batch.input_ids == tokenizer.token_to_id("<|image_pad|>")).sum(1).tolist() == [4, 28 + 22]
+    assert len(batch.pixel_values) == 16 + 112 + 88
+    text = tokenizer.decode(batch.input_ids[1].tolist(), skip_special_tokens=False)
+    assert "user\nPicture 1: <|vision_start|>" in text and "<|vision_end|>Picture 2: <|vision_start|>" in text
+
+
+def test_long_prompts_are_cut_and_said_so(tokenizer):
+    long = " cat" * 30
+    with pytest.warns(UserWarning, match="prompt 1 has 35 tokens.* first 20 are kept and 15 are lost"):
+        batch = P.tokenize_prompts(tokenizer, ["a", long], max_sequence_length=20)
+    assert batch.attention_mask.sum(1).tolist() == [34 + 6, 34 + 20]
+    assert torch.equal(batch.input_ids, P.tokenize_prompts(tokenizer, ["a", long]).input_ids[:, : 34 + 20])
+
+
+def test_edit_prompts_are_never_cut(rng, tokenizer, recwarn):
+    batch = P.tokenize_prompts(tokenizer, ["cat " * 2000], [[noise(rng, 64, 64)]], P.EDIT)
+    assert batch.input_ids.shape[1] > 2000 and not recwarn.list
+
+
+def test_wrong_prompts_and_images_say_so(rng, tokenizer):
+    image = noise(rng, 64, 64)
+    for prompts, images, template, error, message in [
+        ("a cat", None, P.T2I, TypeError, "list of strings"),
+        ([None], None, P.T2I, TypeError, "list of strings"),
+        ([], None, P.T2I, TypeError, "at least one"),
+        (["a <|image_pad|>"], None, P.T2I, ValueError, "stands for an image"),
+        (["a"], [[image]], P.T2I, ValueError, "takes no images"),
+        (["a"], None, P.EDIT, ValueError, "EDIT takes one image"),
+        (["a"], [[image, image]], P.EDIT, ValueError, "EDIT_PLUS for several"),
+        (["a", "b"], [[image]], P.EDIT, ValueError, "each of 2 prompts, got 1"),
+    ]:
+        with pytest.raises(error, match=message):
+            P.tokenize_prompts(tokenizer, prompts, images, template)
+    with pytest.raises(ValueError, match="between 1 and 1024"):
+        P.tokenize_prompts(tokenizer, ["a"], max_sequence_length=1025)
+
+
+def test_drop_prefix():
+    hidden = torch.arange(1.0, 13).view(2, 6, 1)
+    embeds, mask = P.drop_prefix(hidden, torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]), drop=2)
+    assert embeds[..., 0].tolist() == [[3, 4, 0], [9, 10, 11]]
+    assert mask.tolist() == [[True, True, False], [True, True, True]]
+    for same in ([[1] * 6] * 2, [[1] * 4 + [0] * 2] * 2):  # one length: nothing to mask
+        embeds, mask = P.drop_prefix(hidden, torch.tensor(same), drop=2)
+        assert mask is None and torch.equal(embeds, hidden[:, 2 : sum(same[0])])
+    with pytest.raises(AssertionError, match="right padding"):
+        P.drop_prefix(hidden, torch.tensor([[0, 1, 1, 1, 1, 1]] * 2), drop=2)
+
+
+# ---- the whole way, against diffusers' pipelines
+
+
+class Processor:
+    """Qwen2VLProcessor without its video part, which asks for torchvision."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.images = tokenizer, Qwen2VLImageProcessorPil()
+
+    def __call__(self, text, images, padding, return_tensors):
+        patches = self.images(images, return_tensors="pt")
+        counts = iter((patches.image_grid_thw.prod(-1) // 4).tolist())
+        parts = [t.split("<|image_pad|>") for t in text]
+        text = [p[0] + "".join("<|image_pad|>" * next(counts) + rest for rest in p[1:]) for p in parts]
+        batch = self.tokenizer(text, padding=padding, padding_side="right", return_tensors="pt")
+        batch.update(patches)
+        return batch
+
+
+@pytest.fixture(scope="module")
+def encoders(reference):
+    """A small random text encoder, the reference's and ours."""
+    image_token = reference.convert_tokens_to_ids("<|image_pad|>")
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "rms_norm_eps": 1e-6}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(reference)}
+    rope = {"mrope_section": [2, 2, 2], "rope_theta": 1e6, "rope_type": "default"}
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 20, "num_heads": 1, "out_hidden_size": 48}
+    config = {
+        "image_token_id": image_token,
+        "text_config": sizes | heads | {"rope_parameters": rope},
+        "vision_config": vision | {"fullatt_block_indexes": [1]},
+    }
+    torch.manual_seed(0)
+    theirs = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)).eval().requires_grad_(False)
+    for p in theirs.parameters():
+        p.data += torch.randn_like(p) * 0.1
+    ours = Qwen2_5_VLTextEncoder(**config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    forward = theirs.forward
+
+    def with_types(input_ids, **rest):
+        return forward(input_ids=input_ids, mm_token_type_ids=(input_ids == image_token).int(), **rest)
+
+    theirs.forward = with_types
+    return theirs, ours
+
+
+def reference_embeds(pipeline, encoder, tokenizer, prompts, images=None, length=1024):
+    pipe = pipeline(
+        scheduler=None, vae=None, transformer=None, text_encoder=encoder, tokenizer=tokenizer,
+        **({} if images is None else {"processor": Processor(tokenizer)}),
+    )  # fmt: skip
+    given = {} if images is None else {"image": images}
+    return pipe.encode_prompt(prompt=prompts, device="cpu", max_sequence_length=length, **given)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1024, 12])
+def test_t2i_embeddings_equal_diffusers(encoders, tokenizer, reference, length):
+    theirs, ours = encoders
+    prompts = ["a cat", "", "cafe\u0301 don't 你好 " * 4]
+    expected, expected_mask = reference_embeds(QwenImagePipeline, theirs, reference, prompts, length=length)
+    with pytest.warns(UserWarning) if length == 12 else pytest.MonkeyPatch.context():
+        batch = P.tokenize_prompts(tokenizer, prompts, max_sequence_length=length)
+    embeds, mask = P.drop_prefix(ours(*batch[:4]), batch.attention_mask, batch.drop)
+    assert torch.equal(mask, expected_mask.bool())
+    assert embeds.shape == expected.shape and (embeds - expected).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "pipeline, template", [(QwenImageEditPipeline, "EDIT"), (QwenImageEditPlusPipeline, "EDIT_PLUS")]
+)
+def test_edit_embeddings_equal_diffusers(rng, encoders, tokenizer, reference, pipeline, template):
+    theirs, ours = encoders
+    count = 1 if template == "EDIT" else 2
+    images = [noise(rng, rng.randint(40, 200), rng.randint(40, 200)) for _ in range(count)]
+    expected, expected_mask = reference_embeds(pipeline, theirs, reference, ["make the cat red"], images)
+    batch = P.tokenize_prompts(tokenizer, ["make the cat red"], [images], getattr(P, template))
+    embeds, mask = P.drop_prefix(ours(*batch[:4]), batch.attention_mask, batch.drop)
+    assert mask is None and expected_mask is None
+    assert embeds.shape == expected.shape and (embeds - expected).abs().max() <= 1e-5

@@ -1,0 +1,348 @@
+"""The toy world says what it draws, and the judge passes what is right and nothing else."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+from minqwen import shapes
+from minqwen.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    FULL,
+    KINDS,
+    PLACES,
+    SHAPES,
+    SIZE,
+    SMALL,
+    WORLD,
+    Scene,
+    Thing,
+    World,
+    draw,
+    draw_array,
+    explain,
+    in_cell,
+    judge,
+    sample_drawing,
+    sample_edit,
+    vocabulary,
+)
+
+ALL = replace(WORLD, kinds=KINDS, phrasings=4, references=shapes.REFERENCES)  # every English word, no jitter
+WORLDS = {"default": WORLD, "small": SMALL, "all kinds": ALL, "full": FULL}
+
+
+@pytest.fixture
+def gen(rng) -> np.random.Generator:
+    return np.random.default_rng(rng.randrange(2**32))
+
+
+def samples(gen, world, count):
+    return [sample_edit(gen, KINDS[k % len(KINDS)], world) for k in range(count)]
+
+
+def looks(scene: Scene) -> tuple:
+    """A scene without sizes and offsets."""
+    return scene.background, {thing.place: (thing.colour, thing.shape) for thing in scene.things}
+
+
+# ------------------------------------------------------------------------------------ scenes
+
+
+def test_draw_fills_the_cells_with_their_colours():
+    scene = Scene("white", (Thing("star", "red", "top right"), Thing("square", "blue", "bottom left")))
+    for size in (SIZE, 2 * SIZE):
+        picture = draw_array(scene, size)
+        assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
+        at = [tuple(int(v) for v in picture[y * size // 4, x * size // 4]) for y in (1, 3) for x in (1, 3)]
+        white = BACKGROUNDS["white"]
+        assert at == [white, COLOURS["red"], COLOURS["blue"], white]
+    assert (np.asarray(draw(scene)) == draw_array(scene)).all()
+
+
+def test_edges_are_smooth_and_shapes_stay_in_their_cells():
+    for shape in SHAPES:
+        for far in (-2, 2):
+            cover = shapes.mask(shape, far, far, shapes.RADIUS)[..., 0]
+            rim = np.concatenate([cover[0], cover[-1], cover[:, 0], cover[:, -1]])
+            assert rim.max() < 0.5
+        assert ((shapes.mask(shape) > 0.1) & (shapes.mask(shape) < 0.9)).sum() > 8 or shape == "square"
+
+
+def test_scenes_are_values():
+    red, blue = Thing("star", "red", "top left"), Thing("star", "blue", "bottom right")
+    assert Scene("white").with_things(blue, red) == Scene("white").with_things(red, blue)
+    assert len({Scene("white", (red,)), Scene("white", (red,)), Scene("black", (red,))}) == 2
+
+
+def test_colours_are_far_apart():
+    palette = {**COLOURS, **BACKGROUNDS}
+    assert len(palette) == len(COLOURS) + len(BACKGROUNDS)
+    pairs = [(p, q) for p in palette for q in palette if p < q]
+    assert min(np.linalg.norm(np.subtract(palette[p], palette[q])) for p, q in pairs) > 60
+
+
+# ------------------------------------------------------------------------------------ words
+
+
+REFERENCE = rf"the(?: ({'|'.join(COLOURS)}))? (shape|{'|'.join(SHAPES)})(?: at the ({'|'.join(PLACES)}))?"
+
+
+def meant(scene: Scene, words: str) -> Thing:
+    """The one thing that a reference means: an independent reading of "the red shape at the top left"."""
+    colour, shape, place = re.fullmatch(REFERENCE, words).groups()
+    things = [t for t in scene.things if colour in (None, t.colour) and place in (None, t.place)]
+    (thing,) = [t for t in things if shape in ("shape", t.shape)]
+    return thing
+
+
+def obey(scene: Scene, instruction: str) -> tuple:
+    """What an English instruction asks for, read again from its words alone, as `looks` gives it."""
+    background, things = looks(scene)
+    the, colour, shape, place = (f"({'|'.join(p)})" for p in (["the .*?"], COLOURS, SHAPES, PLACES))
+    if m := re.fullmatch(r"(?:make|change|paint|turn) the background (?:to )?(\w+)", instruction):
+        return m[1], things
+    if m := re.fullmatch(rf"(?:add|put|draw|place) an? {colour} {shape} (?:at|in) the {place}", instruction):
+        assert m[3] not in things
+        return background, things | {m[3]: (m[1], m[2])}
+    if m := re.fullmatch(rf"(?:swap|switch|exchange) {the} (?:and|with) {the}", instruction):
+        one, two = meant(scene, m[1]), meant(scene, m[2])
+        return background, things | {one.place: things[two.place], two.place: things[one.place]}
+    if m := re.fullmatch(rf"(?:move|put|shift) {the} (?:to|in) the {place}", instruction):
+        assert m[2] not in things
+        return background, {m[2] if p == meant(scene, m[1]).place else p: t for p, t in things.items()}
+    if m := re.fullmatch(rf"(?:remove|delete|take away|erase) {the}", instruction):
+        return background, {p: t for p, t in things.items() if p != meant(scene, m[1]).place}
+    if m := re.fullmatch(rf"(?:turn|replace|change|make) {the} (?:into |with )?an? {shape}", instruction):
+        thing = meant(scene, m[1])
+        return background, things | {thing.place: (thing.colour, m[2])}
+    m = re.fullmatch(rf"(?:make|change|paint|turn) {the} (?:to )?{colour}", instruction)
+    thing = meant(scene, m[1])
+    return background, things | {thing.place: (m[2], thing.shape)}
+
+
+def test_instructions_mean_one_thing_and_the_target_is_that(gen):
+    for edit in samples(gen, replace(FULL, chinese=0), 4000):
+        assert obey(edit.scene, edit.instruction) == looks(edit.target_scene), edit
+        assert looks(edit.scene) != looks(edit.target_scene)
+
+
+def test_chinese_references_mean_one_thing_too(gen):
+    world = replace(FULL, chinese=1)
+    english = {word: key for key, word in shapes.CHINESE.items()}
+    for edit in samples(gen, world, 1000):
+        assert not re.search("[a-z]", edit.instruction)
+        if m := re.fullmatch("(?:去掉|把)(.*?)(?:变成|换成|移到|$).*", edit.instruction):
+            words = [word for word in english if word in m[1]]
+            named = {english[word] for word in words}
+            fitting = [t for t in edit.scene.things if named <= {t.shape, t.colour, t.place}]
+            assert len(fitting) == 1 or m[1] == "背景", edit
+
+
+def test_every_kind_phrase_and_reference_is_reached(gen):
+    edits = [sample_edit(gen, world=FULL) for _ in range(6000)]
+    assert {edit.kind for edit in edits} == set(KINDS)
+    for kind in KINDS:
+        heads = {phrase.split()[0] for phrase in shapes.PHRASES[kind]} | {shapes.CHINESE_PHRASES[kind][0]}
+        assert {re.match("[a-z]+|.", edit.instruction)[0] for edit in edits if edit.kind == kind} == heads
+    text = "\n".join(edit.instruction for edit in edits)
+    for reference in ("the star to", "the red shape", "the red star", "the shape at the", "the star at the"):
+        assert reference in text
+    assert {sample_edit(gen).kind for _ in range(200)} == set(WORLD.kinds)
+
+
+def test_vocabulary_covers_every_text(gen):
+    words = vocabulary()
+    assert words == sorted(set(words)) and sum(word.isascii() for word in words) < 100
+    tasks = samples(gen, FULL, 2000) + [sample_drawing(gen, FULL) for _ in range(500)]
+    pieces = sorted((word for word in words if not word.isascii()), key=len, reverse=True)
+    for text in {task.instruction for task in tasks}:
+        if text.isascii():
+            assert set(text.split()) <= set(words)
+        else:
+            assert re.fullmatch(f"({'|'.join(pieces)})+", text), text
+
+
+def test_descriptions_name_everything(gen):
+    for _ in range(300):
+        task = sample_drawing(gen)
+        assert task.kind == "draw" and task.source is None and task.scene is None
+        assert f"a {task.target_scene.background} background" in task.instruction
+        for thing in task.target_scene.things:
+            assert f"{shapes.a(thing)} at the {thing.place}" in task.instruction
+    assert "an orange heart" in shapes.describe(Scene("gray", (Thing("heart", "orange", "top left"),)), gen)
+
+
+# ------------------------------------------------------------------------------------ sampling
+
+
+def test_the_same_seed_gives_the_same_tasks():
+    for world in WORLDS.values():
+        first, second, other = (np.random.default_rng(seed) for seed in (7, 7, 8))
+        edits = [sample_edit(first, world=world) for _ in range(50)]
+        assert edits == [sample_edit(second, world=world) for _ in range(50)]
+        assert edits != [sample_edit(other, world=world) for _ in range(50)]
+        assert sample_drawing(first, world) == sample_drawing(second, world)
+
+
+def test_public_form(gen):
+    edit = sample_edit(gen, kind="recolour")
+    assert edit.kind == "recolour" and isinstance(edit.instruction, str)
+    assert edit.source.size == edit.target.size == (SIZE, SIZE) and edit.source.mode == "RGB"
+    assert judge(edit.target, edit) and not judge(edit.source, edit)
+    with pytest.raises(ValueError, match="recolour"):
+        sample_edit(gen, kind="outline")
+
+
+def test_worlds_restrict_what_is_drawn(gen):
+    world = World(("circle", "star"), ("red", "blue"), ("white", "black"), ("recolour",), phrasings=1,
+                  references=(("shape",),), max_objects=2)
+    for _ in range(300):
+        edit = sample_edit(gen, world=world)
+        assert re.fullmatch("make the (circle|star) (red|blue)", edit.instruction)
+        assert 1 <= len(edit.scene.things) <= 2 and edit.scene.background in ("white", "black")
+        assert {t.shape for t in edit.scene.things} <= {"circle", "star"}
+        assert all((t.dx, t.dy, t.radius) == (0, 0, shapes.RADIUS) for t in edit.scene.things)
+    sizes = {t.radius for edit in samples(gen, FULL, 500) for t in edit.scene.things}
+    assert sizes == {8, 9, 10, 11, 12}
+
+
+# ------------------------------------------------------------------------------------ judging
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
+def test_judge_passes_the_target_and_never_the_source(gen, world):
+    tasks = samples(gen, world, 700 if world is WORLD else 210)
+    assert [explain(edit.target, edit) for edit in tasks] == [[]] * len(tasks)
+    assert not any(judge(edit.source, edit) for edit in tasks)
+    drawings = [sample_drawing(gen, world) for _ in range(100)]
+    assert all(judge(drawing.target, drawing) for drawing in drawings)
+    assert not any(judge(one.target, two) for one, two in zip(drawings, drawings[1:], strict=False)
+                   if looks(one.target_scene) != looks(two.target_scene))
+
+
+def noisy(image: Image.Image, gen: np.random.Generator, sigma: float) -> Image.Image:
+    pixels = np.asarray(image) + gen.normal(0, sigma, (SIZE, SIZE, 3))
+    return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
+
+
+def jpeg(image: Image.Image, path, quality: int) -> Image.Image:
+    image.save(path, quality=quality)
+    return Image.open(path).convert("RGB")
+
+
+def test_judge_passes_slightly_worse_pictures(gen, tmp_path):
+    for edit in samples(gen, ALL, 70):
+        blurred = edit.target.filter(ImageFilter.GaussianBlur(1))
+        tinted = Image.fromarray((np.asarray(edit.target) * gen.uniform(0.95, 1, 3)).astype(np.uint8))
+        shifted = Image.fromarray(np.roll(np.asarray(edit.target), 1, axis=1))
+        large = edit.target.resize((2 * SIZE, 2 * SIZE), Image.Resampling.BICUBIC)
+        worse = {"blurred": blurred, "noisy": noisy(edit.target, gen, 9), "both": noisy(blurred, gen, 6),
+                 "jpeg": jpeg(edit.target, tmp_path / "x.jpg", 80), "tinted": tinted, "shifted": shifted,
+                 "large": large, "drawn large": draw(edit.target_scene, 2 * SIZE)}
+        for what, image in worse.items():
+            assert explain(image, edit) == [], (what, edit)
+
+
+def near_misses(gen: np.random.Generator, edit):
+    """(what, picture) that differ from the target in one respect."""
+    scene = edit.target_scene
+    for background in set(BACKGROUNDS) - {scene.background}:
+        yield "background", draw(replace(scene, background=background))
+    for place in scene.empty_places():
+        yield "extra", draw(scene.with_things(*scene.things, Thing(shapes.pick(gen, SHAPES), "red", place)))
+        dot = edit.target.copy()
+        y, x = (part.start + 12 for part in in_cell(place))
+        ImageDraw.Draw(dot).rectangle([x, y, x + 5, y + 5], fill=COLOURS["green"])
+        yield "dot", dot
+    for thing in scene.things:
+        rest = [other for other in scene.things if other is not thing]
+        yield "missing", draw(scene.with_things(*rest))
+        for shape in set(SHAPES) - {thing.shape}:
+            yield "shape", draw(scene.with_things(*rest, replace(thing, shape=shape)))
+        for colour in set(COLOURS) - {thing.colour}:
+            yield "colour", draw(scene.with_things(*rest, replace(thing, colour=colour)))
+        for place in scene.empty_places():
+            yield "place", draw(scene.with_things(*rest, replace(thing, place=place)))
+
+
+def damaged(gen: np.random.Generator, edit):
+    """(what, picture) in which one shape of the target (in a world without jitter) is spoilt."""
+    ground = BACKGROUNDS[edit.target_scene.background]
+    for thing in edit.target_scene.things:
+        rows, columns = in_cell(thing.place)
+        x, y = columns.start + 16, rows.start + 16
+        for corner in ((x - 16, y - 16, x + 15, y), (x, y - 16, x + 15, y + 15)):
+            half = edit.target.copy()
+            ImageDraw.Draw(half).rectangle(corner, fill=ground)
+            yield "half erased", half
+        hole = edit.target.copy()
+        ImageDraw.Draw(hole).ellipse((x - 3, y - 3, x + 3, y + 3), fill=ground)
+        yield "hole", hole
+        pixels = np.asarray(edit.target).astype(np.float32)
+        for what, cell in {
+            "faint": (pixels[rows, columns] + ground) / 2,
+            "smeared gray": (pixels[rows, columns] + 128) / 2,
+            "blob": edit.target.crop((x - 16, y - 16, x + 16, y + 16)).filter(ImageFilter.GaussianBlur(5)),
+        }.items():
+            spoilt = pixels.copy()
+            spoilt[rows, columns] = cell
+            yield what, Image.fromarray(spoilt.astype(np.uint8))
+        for radius in (7, 8, 9, 10, 11) if thing.shape == "star" else ():
+            disc = edit.target.copy()
+            ImageDraw.Draw(disc).rectangle((x - 16, y - 16, x + 15, y + 15), fill=ground)
+            box = (x - radius, y - radius, x + radius, y + radius)
+            ImageDraw.Draw(disc).ellipse(box, fill=COLOURS[thing.colour])
+            yield "disc for star", disc
+
+
+@pytest.mark.parametrize("world", [ALL, FULL], ids=["all kinds", "full"])
+def test_judge_fails_near_misses(gen, world):
+    for edit in samples(gen, world, 28):
+        for what, image in near_misses(gen, edit):
+            assert not judge(image, edit), (what, edit)
+
+
+def test_judge_fails_spoilt_shapes(gen):
+    for edit in samples(gen, ALL, 28):
+        for what, image in damaged(gen, edit):
+            assert not judge(image, edit), (what, edit)
+            assert not judge(noisy(image, gen, 5), edit), (what, edit)
+
+
+def test_judge_fails_pictures_of_nothing(gen):
+    edits = [edit for edit in samples(gen, ALL, 70) if edit.target_scene.things]
+    for edit in edits:
+        assert not judge(Image.new("RGB", (SIZE, SIZE), (128, 128, 128)), edit)
+        assert not judge(Image.fromarray(gen.integers(0, 256, (SIZE, SIZE, 3), np.uint8)), edit)
+        assert not judge(edit.target.filter(ImageFilter.GaussianBlur(4)), edit)
+        assert not judge(Image.blend(edit.source, edit.target, 0.5), edit)
+
+
+def test_judge_leaves_open_what_the_instruction_does():
+    """In a world with jitter a new thing may be anywhere in its cell, but an old one stays as it was."""
+    old, new = Thing("star", "red", "top left", 1, -1, 10), Thing("heart", "blue", "bottom right", 0, 2, 9)
+    scene = Scene("white", (old,))
+    target, instruction = scene.with_things(old, new), "add a blue heart at the bottom right"
+    edit = shapes.Edit("add", scene, instruction, target, jitter=2)
+    assert judge(draw(scene.with_things(old, replace(new, dx=-2, dy=0, radius=12))), edit)
+    assert not judge(draw(scene.with_things(replace(old, dx=-2, dy=2), new)), edit)
+    assert not judge(draw(scene.with_things(replace(old, radius=8), new)), edit)
+
+
+def test_explain_says_what_is_wrong():
+    star, circle = Thing("star", "red", "top left"), Thing("circle", "blue", "bottom right")
+    scene = Scene("white", (star,))
+    edit = shapes.Edit("add", scene, "add a blue circle at the bottom right", scene.with_things(star, circle))
+    assert explain(edit.source, edit) == ["bottom right: circle expected, nothing seen"]
+    wrong = Scene("pink", (replace(star, shape="circle"), Thing("heart", "cyan", "top right"),
+                           replace(circle, colour="green")))
+    assert explain(draw(wrong), edit) == [
+        "background: white expected, pink seen",
+        "top left: star expected, circle seen",
+        "top right: nothing expected, something seen",
+        "bottom right: blue expected, green seen",
+    ]
