@@ -166,6 +166,10 @@ class QwenImagePipeline:
         the last one if there are several. The other keywords and errors are those of `generate`.
         """
         images = [load_image(image) for image in (images if isinstance(images, list | tuple) else [images])]
+        if not images:
+            raise ValueError("there is no picture to edit; to draw from words alone, use generate")
+        if self.edit_template is EDIT and len(images) > 1:
+            raise ValueError(f"this checkpoint edits one picture, got {len(images)}; several need Edit-2509 or -2511")
         area = area or self.area
         sizes = [calculate_dimensions(area, image.width / image.height) for image in images]
         resized = [resize_image(image, *size) for image, size in zip(images, sizes, strict=True)]

@@ -45,7 +45,7 @@ def small_config(rng) -> dict:
         },
         "vision_config": {
             "depth": 2,
-            "hidden_size": heads * 8,
+            "hidden_size": heads * 16,
             "intermediate_size": 20,
             "num_heads": heads,
             "patch_size": 2,
@@ -78,7 +78,7 @@ def as_released(config: dict) -> dict:
 def reference_and_ours(config: dict):
     reference = Reference(Qwen2_5_VLConfig(**copy.deepcopy(config))).eval()
     for name, p in reference.named_parameters():
-        scale = 0.2 if p.ndim == 1 else 1.0 if "embed_tokens" in name else p[0].numel() ** -0.5
+        scale = 0.2 if p.ndim == 1 else 1.0 if "embed_tokens" in name else 0.7 * p[0].numel() ** -0.5
         p.data = torch.randn_like(p) * scale + (1.0 if p.ndim == 1 and "bias" not in name else 0.0)
     ours = Qwen2_5_VLTextEncoder(**config).eval()
     ours.load_state_dict(reference.state_dict(), strict=True)
@@ -156,15 +156,19 @@ def test_batched_equals_single(rng):
 
 @torch.no_grad()
 def test_bfloat16_is_no_further_from_the_truth_than_the_reference(rng):
-    """Root mean square over all states, with 10 % of slack, as both are sums of random roundings."""
-    reference, ours = reference_and_ours(small_config(rng))
-    reference, ours = reference.bfloat16(), ours.bfloat16()
-    batch = random_batch(rng, BATCH)
-    valid = batch["attention_mask"].bool()
-    rough, rough_reference = ours(**batch)[valid], reference_hidden(reference, batch)[valid]
-    truth = reference_hidden(reference.float(), batch)[valid]
-    assert rough.dtype == torch.bfloat16
-    assert (rough - truth).pow(2).mean().sqrt() <= 1.1 * (rough_reference - truth).pow(2).mean().sqrt()
+    """Mean square over eight models, with 20 % of slack (10 % of the error): both are random roundings."""
+    error, reference_error = 0.0, 0.0
+    for _ in range(8):
+        reference, ours = reference_and_ours(small_config(rng))
+        reference, ours = reference.bfloat16(), ours.bfloat16()
+        batch = random_batch(rng, BATCH)
+        valid = batch["attention_mask"].bool()
+        rough, rough_reference = ours(**batch)[valid], reference_hidden(reference, batch)[valid]
+        truth = reference_hidden(reference.float(), batch)[valid]
+        assert rough.dtype == torch.bfloat16
+        error += (rough - truth).pow(2).mean().item()
+        reference_error += (rough_reference - truth).pow(2).mean().item()
+    assert error <= 1.2 * reference_error
 
 
 def test_positions_of_an_image():

@@ -15,7 +15,7 @@ def small_config(rng) -> dict:
     depth = rng.randint(2, 4)
     return {
         "depth": depth,
-        "hidden_size": heads * rng.choice([8, 12, 16]),
+        "hidden_size": heads * rng.choice([12, 16, 20]),
         "intermediate_size": rng.randint(10, 40),
         "num_heads": heads,
         "patch_size": patch,
@@ -28,7 +28,7 @@ def small_config(rng) -> dict:
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
     """Norm weights around 1, biases and matrices of a size that makes a mistake show."""
     for name, p in module.named_parameters():
-        scale = 0.2 if p.ndim == 1 else p[0].numel() ** -0.5
+        scale = 0.2 if p.ndim == 1 else 0.7 * p[0].numel() ** -0.5
         p.data = torch.randn_like(p) * scale + (1.0 if p.ndim == 1 and "bias" not in name else 0.0)
     return module.eval()
 

@@ -1,0 +1,217 @@
+"""pipeline.py: whole pictures equal diffusers' pipelines on the shipped checkpoint; bad input gets one clear sentence."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference_pipelines import drawing_pipeline, edit_pipeline
+
+from minqwen.pipeline import QwenImagePipeline
+from minqwen.prompt import EDIT_PLUS
+from minqwen.shapes import draw, sample_edit, sample_scene
+
+TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
+PROMPTS = [
+    "a red circle at the top left and a blue square at the bottom right on a white background",
+    "",
+    "把圆形变成红色 and a café, 3 stars!",
+]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return QwenImagePipeline.from_pretrained(TINY, device="cpu", dtype=torch.float32)
+
+
+def noise(width, height):
+    return torch.randn(1, (width // 16) * (height // 16), 64)
+
+
+def levels(a: Image.Image, b: Image.Image) -> int:
+    """Largest difference of two pictures, of 255."""
+    assert a.size == b.size
+    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+
+
+def a_picture(rng, width=64, height=64):
+    scene = sample_scene(np.random.default_rng(rng.randrange(10**6)))
+    return draw(scene).resize((width, height))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_drawings_equal_diffusers(rng, pipe, prompt):
+    width, height = 16 * rng.randint(2, 6), 16 * rng.randint(2, 6)
+    latents, scale, steps = noise(width, height), rng.choice([1.0, 2.5, 4.0]), rng.randint(2, 6)
+    options = {"width": width, "height": height, "true_cfg_scale": scale, "num_inference_steps": steps, "latents": latents}
+    want = drawing_pipeline(TINY)(prompt, negative_prompt=" ", **options).images[0]
+    assert levels(pipe.generate(prompt, **options, progress=False), want) <= 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (100, 60), (40, 90)])
+def test_edits_equal_diffusers(rng, pipe, monkeypatch, size):
+    image, area = a_picture(rng, *size), 64 * 64
+    reference = edit_pipeline(TINY, area, monkeypatch)
+    instruction = sample_edit(np.random.default_rng(rng.randrange(10**6))).instruction
+    options = {"true_cfg_scale": rng.choice([1.0, 4.0]), "num_inference_steps": rng.randint(2, 6)}
+    probe = reference(image, instruction, negative_prompt=" ", **options | {"num_inference_steps": 2}).images[0]
+    options["latents"] = noise(*probe.size)
+    want = reference(image, instruction, negative_prompt=" ", **options).images[0]
+    assert levels(pipe.edit(image, instruction, area=area, **options, progress=False), want) <= 1
+
+
+def test_a_full_guided_edit_equals_diffusers(rng, pipe, monkeypatch):
+    edit = sample_edit(np.random.default_rng(rng.randrange(10**6)))
+    options = {"true_cfg_scale": 4.0, "num_inference_steps": 20, "latents": noise(64, 64)}
+    want = edit_pipeline(TINY, 64 * 64, monkeypatch)(edit.source, edit.instruction, negative_prompt=" ", **options).images[0]
+    assert levels(pipe.edit(edit.source, edit.instruction, **options, progress=False), want) <= 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_edits_of_several_pictures_equal_diffusers(rng, monkeypatch, count):
+    """The form of Edit-2509: "Picture i:", a smaller copy for the text encoder, the last picture sets the size."""
+    area = 48 * 48
+    pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu", dtype=torch.float32)
+    pipe.edit_template = EDIT_PLUS
+    images = [a_picture(rng, rng.randint(40, 90), rng.randint(40, 90)) for _ in range(count)]
+    reference = edit_pipeline(TINY, area, monkeypatch, plus=True)
+    options = {"true_cfg_scale": 3.0, "num_inference_steps": 3}
+    size = reference(images, "swap them", negative_prompt=" ", **options).images[0].size
+    options["latents"] = noise(*size)
+    want = reference(images, "swap them", negative_prompt=" ", **options).images[0]
+    assert levels(pipe.edit(images, "swap them", area=area, **options, progress=False), want) <= 1
+
+
+def test_the_starting_noise_equals_diffusers(pipe):
+    """The same seed draws the same picture."""
+    make = lambda: torch.Generator().manual_seed(7)  # noqa: E731
+    options = {"width": 48, "height": 64, "num_inference_steps": 2, "true_cfg_scale": 1.0}
+    want = drawing_pipeline(TINY)("a star", generator=make(), **options).images[0]
+    assert levels(pipe.generate("a star", generator=make(), **options, progress=False), want) <= 1
+
+
+def test_bf16_pictures_are_no_further_from_the_truth_than_the_references(rng, pipe):
+    """Mean over several drawings; diffusers draws its noise in bf16, so both get the same latents."""
+    ours = QwenImagePipeline.from_pretrained(TINY, device="cpu", dtype=torch.bfloat16)
+    reference = drawing_pipeline(TINY, dtype=torch.bfloat16)
+    mine = theirs = 0.0
+    for prompt in PROMPTS[:1] * 4:
+        options = {"width": 64, "height": 64, "true_cfg_scale": 2.0, "num_inference_steps": 8, "latents": noise(64, 64)}
+        truth = np.asarray(pipe.generate(prompt, **options, progress=False), float)
+        mine += np.square(np.asarray(ours.generate(prompt, **options, progress=False), float) - truth).mean()
+        options["latents"] = options["latents"].bfloat16()
+        theirs += np.square(np.asarray(reference(prompt, negative_prompt=" ", **options).images[0], float) - truth).mean()
+    assert mine <= theirs
+
+
+def test_one_step_works(pipe):
+    assert pipe.generate("a star", num_inference_steps=1, progress=False).size == (64, 64)
+
+
+def test_the_callback_sees_every_step(pipe):
+    seen = []
+    latents = noise(64, 64)
+    pipe.generate("a star", num_inference_steps=3, latents=latents, callback=lambda *a: seen.append(a), progress=False)
+    assert [step for step, *_ in seen] == [0, 1, 2] and seen[0][1] == 1.0
+    assert torch.equal(seen[0][2], latents) and seen[0][3].shape == latents.shape
+
+
+def test_guidance_is_off_without_a_negative_prompt_or_at_scale_one(pipe):
+    options = {"num_inference_steps": 2, "latents": noise(64, 64), "progress": False}
+    plain = pipe.generate("a star", true_cfg_scale=1.0, **options)
+    assert levels(pipe.generate("a star", negative_prompt=None, true_cfg_scale=4.0, **options), plain) == 0
+    assert levels(pipe.generate("a star", true_cfg_scale=4.0, **options), plain) > 0
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "L", "P"])
+def test_any_mode_of_picture_gives_the_result_of_its_rgb_form(rng, pipe, mode):
+    image = a_picture(rng).convert(mode)
+    options = {"num_inference_steps": 1, "latents": noise(64, 64), "progress": False}
+    assert levels(pipe.edit(image, "x", **options), pipe.edit(image.convert("RGB"), "x", **options)) == 0
+
+
+def test_a_photo_taken_sideways_is_turned(rng, pipe, tmp_path):
+    image = a_picture(rng, 96, 64)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to the right
+    image.save(tmp_path / "phone.png", exif=exif)
+    edited = pipe.edit(tmp_path / "phone.png", "x", area=64 * 96, num_inference_steps=1, progress=False)
+    assert edited.size == (64, 96)
+
+
+def test_sizes_are_rounded_down_with_a_word_about_it(pipe):
+    with pytest.warns(UserWarning, match="100 is no multiple of 16.*96"):
+        assert pipe.generate("a star", width=100, height=64, num_inference_steps=1, progress=False).size == (96, 64)
+
+
+def test_a_long_prompt_is_cut_with_a_word_about_it(pipe):
+    with pytest.warns(UserWarning, match="only the first 512"):
+        pipe.generate("star " * 600, num_inference_steps=1, progress=False)
+
+
+def test_an_empty_prompt_is_an_ordinary_one(pipe):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pipe.encode_prompt("")[0].shape[:2] == (1, 5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"width": 8}, "smallest is 16"),
+        ({"latents": torch.zeros(1, 3, 64)}, "packed noise"),
+        ({"num_inference_steps": 0}, "at least 1"),
+    ],
+)
+def test_bad_options_are_refused(pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.generate("a star", progress=False, **options)
+
+
+def test_bad_pictures_are_refused(pipe, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such picture"):
+        pipe.edit(tmp_path / "missing.png", "x")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="cannot read"):
+        pipe.edit(tmp_path / "broken.png", "x")
+    with pytest.raises(ValueError, match="crop first"):
+        pipe.edit(Image.new("RGB", (3000, 10)), "x")
+    with pytest.raises(ValueError, match="several"):
+        pipe.edit([Image.new("RGB", (64, 64))] * 2, "x")
+    with pytest.raises(ValueError, match="no picture"):
+        pipe.edit([], "x")
+
+
+def test_overflow_is_an_error_not_a_black_picture(pipe):
+    with pytest.raises(FloatingPointError, match="step 0"):
+        pipe.generate("a star", latents=torch.full((1, 16, 64), float("inf")), progress=False)
+
+
+def test_float16_is_refused():
+    with pytest.raises(ValueError, match="float16"):
+        QwenImagePipeline.from_pretrained(TINY, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    "family, message",
+    [("QwenImage21Pipeline", "Qwen-Image-2.1"), ("QwenImageLayeredPipeline", "Layered"), ("FluxPipeline", "Flux")],
+)
+def test_other_families_are_refused_by_name(tmp_path, family, message):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": family}))
+    with pytest.raises(ValueError, match=message):
+        QwenImagePipeline.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_that_only_draws(tmp_path):
+    """Qwen-Image and -2512 have no processor/; they draw, and say so when asked to edit."""
+    shutil.copytree(TINY, tmp_path / "t2i", ignore=shutil.ignore_patterns("processor"))
+    index = json.loads((TINY / "model_index.json").read_text()) | {"_class_name": "QwenImagePipeline"}
+    (tmp_path / "t2i" / "model_index.json").write_text(json.dumps(index))
+    pipe = QwenImagePipeline.from_pretrained(tmp_path / "t2i", device="cpu")
+    assert pipe.generate("a star", num_inference_steps=1, progress=False).size == (64, 64)
+    with pytest.raises(ValueError, match="only draws"):
+        pipe.edit(Image.new("RGB", (64, 64)), "x")
