@@ -66,7 +66,10 @@ class QwenEmbedRope(nn.Module):
         return torch.arange(n, device=device) - (n - n // 2 if self.scale_rope else 0)
 
     def _compute_video_freqs(self, frame: int, height: int, width: int, idx: int, device) -> torch.Tensor:
-        positions = (torch.arange(idx, idx + frame, device=device), *(self.axis_positions(n, device) for n in (height, width)))
+        positions = (
+            torch.arange(idx, idx + frame, device=device),
+            *(self.axis_positions(n, device) for n in (height, width)),
+        )
         t, y, x = (self.rope_params(p, dim) for p, dim in zip(positions, self.axes_dim, strict=True))
         grid = (frame, height, width, -1)
         t, y, x = t[:, None, None].expand(grid), y[None, :, None].expand(grid), x[None, None].expand(grid)

@@ -30,7 +30,9 @@ def main() -> None:
         modules = {
             "transformer": QwenImageTransformer2DModel(),
             "vae": AutoencoderKLQwenImage(),
-            "text_encoder": Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=TEXT, vision_config=VISION)),
+            "text_encoder": Qwen2_5_VLForConditionalGeneration(
+                Qwen2_5_VLConfig(text_config=TEXT, vision_config=VISION)
+            ),
         }
     lists = {}
     for component, module in modules.items():

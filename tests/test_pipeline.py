@@ -1,4 +1,4 @@
-"""pipeline.py: whole pictures equal diffusers' pipelines on the shipped checkpoint; bad input gets one clear sentence."""
+"""pipeline.py: whole pictures equal diffusers' pipelines on data/tiny; bad input gets one clear sentence."""
 
 import json
 import shutil
@@ -47,7 +47,13 @@ def a_picture(rng, width=64, height=64):
 def test_drawings_equal_diffusers(rng, pipe, prompt):
     width, height = 16 * rng.randint(2, 6), 16 * rng.randint(2, 6)
     latents, scale, steps = noise(width, height), rng.choice([1.0, 2.5, 4.0]), rng.randint(2, 6)
-    options = {"width": width, "height": height, "true_cfg_scale": scale, "num_inference_steps": steps, "latents": latents}
+    options = {
+        "width": width,
+        "height": height,
+        "true_cfg_scale": scale,
+        "num_inference_steps": steps,
+        "latents": latents,
+    }
     want = drawing_pipeline(TINY)(prompt, negative_prompt=" ", **options).images[0]
     assert levels(pipe.generate(prompt, **options, progress=False), want) <= 1
 
@@ -67,7 +73,9 @@ def test_edits_equal_diffusers(rng, pipe, monkeypatch, size):
 def test_a_full_guided_edit_equals_diffusers(rng, pipe, monkeypatch):
     edit = sample_edit(np.random.default_rng(rng.randrange(10**6)))
     options = {"true_cfg_scale": 4.0, "num_inference_steps": 20, "latents": noise(64, 64)}
-    want = edit_pipeline(TINY, 64 * 64, monkeypatch)(edit.source, edit.instruction, negative_prompt=" ", **options).images[0]
+    want = edit_pipeline(TINY, 64 * 64, monkeypatch)(
+        edit.source, edit.instruction, negative_prompt=" ", **options
+    ).images[0]
     assert levels(pipe.edit(edit.source, edit.instruction, **options, progress=False), want) <= 1
 
 
@@ -104,12 +112,21 @@ def test_bf16_pictures_are_no_further_from_the_truth_than_the_references(rng, pi
         truth = np.asarray(pipe.generate(prompt, **options, progress=False), float)
         mine += np.square(np.asarray(ours.generate(prompt, **options, progress=False), float) - truth).mean()
         options["latents"] = options["latents"].bfloat16()
-        theirs += np.square(np.asarray(reference(prompt, negative_prompt=" ", **options).images[0], float) - truth).mean()
+        theirs += np.square(
+            np.asarray(reference(prompt, negative_prompt=" ", **options).images[0], float) - truth
+        ).mean()
     assert mine <= theirs
 
 
 def test_one_step_works(pipe):
     assert pipe.generate("a star", num_inference_steps=1, progress=False).size == (64, 64)
+
+
+def test_guiding_both_prompts_in_one_pass_equals_two_passes(pipe, monkeypatch):
+    options = {"num_inference_steps": 4, "latents": noise(64, 64), "progress": False}
+    together = pipe.generate(PROMPTS[0], **options)
+    monkeypatch.setattr("minqwen.pipeline.GUIDE_TOGETHER", 0)
+    assert levels(pipe.generate(PROMPTS[0], **options), together) <= 1
 
 
 def test_the_callback_sees_every_step(pipe):

@@ -14,9 +14,16 @@ from minqwen.timestep import QwenTimestepProjEmbeddings, get_timestep_embedding
 def test_waves_equal_the_reference(rng, flip, shift):
     for _ in range(10):
         dim = rng.randint(6, 300)  # odd widths too
-        options = dict(flip_sin_to_cos=flip, downscale_freq_shift=shift, scale=rng.choice([1, 7.5, 1000]), max_period=rng.choice([100, 10000]))
+        options = dict(
+            flip_sin_to_cos=flip,
+            downscale_freq_shift=shift,
+            scale=rng.choice([1, 7.5, 1000]),
+            max_period=rng.choice([100, 10000]),
+        )
         t = torch.rand(rng.randint(1, 5))
-        assert difference(get_timestep_embedding(t, dim, **options), reference_embedding(t, dim, **options)) <= TOLERANCE
+        assert (
+            difference(get_timestep_embedding(t, dim, **options), reference_embedding(t, dim, **options)) <= TOLERANCE
+        )
 
 
 def test_cosines_come_first_in_the_released_form():

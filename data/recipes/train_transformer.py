@@ -90,10 +90,12 @@ def text_config(tokenizer) -> dict:
 
 def build(tokenizer) -> nn.ModuleDict:
     """Fresh text encoder and transformer; modulation and output begin at zero, so that every block is the identity."""
-    net = nn.ModuleDict({
-        "transformer": QwenImageTransformer2DModel(**TRANSFORMER),
-        "text_encoder": Qwen2_5_VLTextEncoder(**text_config(tokenizer)),
-    })
+    net = nn.ModuleDict(
+        {
+            "transformer": QwenImageTransformer2DModel(**TRANSFORMER),
+            "text_encoder": Qwen2_5_VLTextEncoder(**text_config(tokenizer)),
+        }
+    )
     transformer = net["transformer"]
     zero = [transformer.norm_out.linear, transformer.proj_out]
     for block in transformer.transformer_blocks:
@@ -248,7 +250,11 @@ def train(args: argparse.Namespace) -> None:
     run.resume()
     log = Log(HERE / "log_transformer.csv", ["minutes", "samples", "loss_edit", "loss_draw", *WORLD.kinds, "draw"])
 
-    mode = torch.compile(lambda x: vae.encode(x).mode(), dynamic=False) if args.compile else (lambda x: vae.encode(x).mode())
+    mode = (
+        torch.compile(lambda x: vae.encode(x).mode(), dynamic=False)
+        if args.compile
+        else (lambda x: vae.encode(x).mode())
+    )
 
     @torch.no_grad()
     def encode(x: Tensor) -> Tensor:

@@ -59,7 +59,9 @@ def train(phase: str, minutes: float, batch: int, lr: float, compile: bool, seed
         vae.load_state_dict(torch.load("runs/vae_joint.pt", weights_only=True)["vae"])
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99), weight_decay=0)
+    optimizer = torch.optim.AdamW(
+        [p for p in vae.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99), weight_decay=0
+    )
     run = Run(Path(f"runs/vae_{phase}.pt"), {"vae": vae, "optimizer": optimizer}, rng)
     run.resume()
     log = Log(HERE / f"log_vae_{phase}.csv", ["minutes", "step", "loss", "psnr"])
