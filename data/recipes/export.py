@@ -71,6 +71,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file({k: v.bfloat16().contiguous() for k, v in sorted(tensors.items())}, path, metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def export(folder: Path) -> None:
