@@ -1,0 +1,65 @@
+"""data/tiny is whole, small, and does what its card says: it understands edits on scenes that it never saw."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+
+from minqwen.pipeline import QwenImagePipeline
+from minqwen.prompt import EDIT, T2I, load_tokenizer
+from minqwen.shapes import WORLD, judge, sample_drawing, sample_edit
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "data" / "tiny"
+sys.path.insert(0, str(ROOT / "data" / "recipes"))
+
+LAYOUT = """
+model_index.json scheduler/scheduler_config.json text_encoder/config.json text_encoder/model.safetensors
+tokenizer/vocab.json tokenizer/merges.txt tokenizer/tokenizer_config.json tokenizer/special_tokens_map.json
+tokenizer/added_tokens.json processor/preprocessor_config.json processor/tokenizer.json transformer/config.json
+transformer/diffusion_pytorch_model.safetensors vae/config.json vae/diffusion_pytorch_model.safetensors
+""".split()
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return QwenImagePipeline.from_pretrained(TINY, device="cpu")
+
+
+def test_it_has_the_released_layout_in_bf16_and_is_small():
+    assert [name for name in LAYOUT if not (TINY / name).is_file()] == []
+    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) < 25e6
+    for path in TINY.rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
+
+
+def test_both_forms_of_the_tokenizer_agree_and_the_templates_have_the_released_lengths():
+    tokenizer, other = load_tokenizer(TINY / "tokenizer"), Tokenizer.from_file(str(TINY / "tokenizer/tokenizer.json"))
+    for text in (T2I.text, EDIT.text, "把圆形变成红色", "I want the star to be green: <|image_pad|> Ω é\n\n 12"):
+        assert tokenizer.encode(text).ids == other.encode(text).ids
+    for template in (T2I, EDIT):
+        assert len(tokenizer.encode(template.text.split("{}")[0]).ids) == template.drop
+
+
+def test_the_autoencoder_gives_scenes_back(pipe):
+    from evaluate import reconstruction
+
+    assert reconstruction(pipe, rows=32) >= 34  # decibels
+
+
+def test_words_act_on_scenes_that_training_never_saw(pipe):
+    """A sample of what data/recipes/evaluate.py counts; the card has the whole count."""
+    rng = np.random.default_rng(10**9)
+    tasks = [sample_edit(rng, kind) for kind in WORLD.kinds for _ in range(4)] + [sample_drawing(rng) for _ in range(4)]
+    right = 0
+    for row, task in enumerate(tasks):
+        options = {"num_inference_steps": 20, "generator": torch.Generator().manual_seed(row), "progress": False}
+        source = () if task.source is None else (task.source,)
+        image = (pipe.edit if source else pipe.generate)(*source, task.instruction, **options)
+        right += judge(image, task)
+    assert right >= 18, f"{right} of {len(tasks)} right"
