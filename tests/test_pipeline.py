@@ -232,3 +232,13 @@ def test_a_checkpoint_that_only_draws(tmp_path):
     assert pipe.generate("a star", num_inference_steps=1, progress=False).size == (64, 64)
     with pytest.raises(ValueError, match="only draws"):
         pipe.edit(Image.new("RGB", (64, 64)), "x")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_picture_of_the_cpu(rng, pipe):
+    edit = sample_edit(np.random.default_rng(rng.randrange(10**6)))
+    options = {"num_inference_steps": 8, "latents": noise(64, 64), "progress": False}
+    there = QwenImagePipeline.from_pretrained(TINY, device="cuda", dtype=torch.float32)
+    want = pipe.edit(edit.source, edit.instruction, **options)
+    assert levels(there.edit(edit.source, edit.instruction, **options), want) <= 2
