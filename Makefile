@@ -11,7 +11,7 @@ TEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help lab test bench clean setup setup-test
+.PHONY: help lab test bench notebooks clean setup setup-test
 
 # Jupyter finds this environment's own kernel before any other "python3" that is registered on the machine.
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -20,6 +20,7 @@ help:
 	@echo "make lab     set everything up and open the first notebook in JupyterLab"
 	@echo "make test    set everything up, then run the style check, the tests and all notebooks"
 	@echo "make bench   set everything up, then measure speed against diffusers"
+	@echo "make notebooks  set everything up, then run every notebook in place and keep its outputs"
 	@echo "make clean   remove .venv and the caches"
 	@echo
 	@echo "PYTHON=/path/to/python3.12   build .venv with this Python (3.11 or newer)"
@@ -50,6 +51,10 @@ test: setup-test
 bench: setup-test
 	@echo "Measuring speed against diffusers on the same weights. Leave the machine alone meanwhile."
 	@$(PY) -m pytest tests/benchmarks -o python_files='bench_*.py' -s $(TEST_ARGS)
+
+notebooks: setup-test
+	@echo "Running every notebook in place, so that its committed outputs are those of today."
+	@$(PY) -m jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace notebooks/*.ipynb
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache minqwen.egg-info

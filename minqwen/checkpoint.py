@@ -20,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from huggingface_hub.utils import build_hf_headers, http_backoff
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' components, transformers' components
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
