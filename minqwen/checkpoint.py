@@ -12,17 +12,21 @@ Pickled weights (.bin, .pt) are never opened: unpickling runs code. Tests: tests
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download, hf_hub_url
+from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import build_hf_headers, http_backoff
+from huggingface_hub.utils import build_hf_headers, get_session
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' components, transformers' components
+WAITS = (1, 2, 4)  # seconds before each new attempt to read a range
+TRY_AGAIN = (429, 500, 502, 503, 504)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -35,7 +39,7 @@ class Checkpoint:
 
     def __init__(self, source: str | os.PathLike, revision: str | None = None):
         self.source, self.revision = str(source), revision
-        self.folder = Path(source) if Path(source).is_dir() else None
+        self.folder = Path(source) if self.source and Path(source).is_dir() else None
         if self.folder is None and (Path(source).exists() or not _looks_like_repo(self.source)):
             raise FileNotFoundError(
                 f"{self.source} is neither a folder nor a hub repository 'owner/name'; minqwen reads the released "
@@ -47,6 +51,11 @@ class Checkpoint:
         if self.folder is not None:
             return self.folder / name if (self.folder / name).is_file() else None
         try:
+            cached = self._cached(name)  # for the commit that the last config or index was read from
+            if cached is not None and not isinstance(cached, str):
+                return None
+            if cached is not None and name.endswith(".safetensors"):  # asking the hub again for each shard takes long
+                return Path(cached)
             return Path(hf_hub_download(self.source, name, revision=self.revision))
         except LocalEntryNotFoundError as error:
             raise ConnectionError(f"cannot reach the hub for {name} of {self.source}: {error}") from None
@@ -54,6 +63,14 @@ class Checkpoint:
             return None
         except (HfHubHTTPError, HFValidationError) as error:
             raise FileNotFoundError(f"cannot read {self.source} on the hub: {error}") from None
+        except OSError:  # a full disk, a file that came out too short: says so itself
+            raise
+        except Exception as error:  # the http library's own errors differ between versions of huggingface_hub
+            raise ConnectionError(f"the download of {name} of {self.source} broke off: {error}; run it again") from None
+
+    def _cached(self, name: str) -> str | object | None:
+        """Of a file on the hub: its path in the cache, another object if it is known not to exist, None if unknown."""
+        return try_to_load_from_cache(self.source, name, revision=self.revision)
 
     def folder_of(self, component: str, names: tuple[str, ...]) -> Path:
         """The local folder of a component's small files (a tokenizer's, say); those that exist are fetched."""
@@ -79,28 +96,36 @@ class Checkpoint:
         """Which file holds which tensor, from the index; without an index, the names of the files themselves."""
         for stem in STEMS:
             if self.file(f"{component}/{stem}.safetensors.index.json"):
-                weight_map = self.config(f"{component}/{stem}.safetensors.index.json").get("weight_map", {})
-                for file in set(weight_map.values()):
+                weight_map = self.config(f"{component}/{stem}.safetensors.index.json").get("weight_map")
+                if not isinstance(weight_map, dict):
+                    raise ValueError(f"the index of {self.source}/{component} has no weight_map: fetch it again")
+                for file in weight_map.values():
                     _refuse_outside(file, f"{self.source}/{component}")
                 return weight_map
-        single = [f"{stem}.safetensors" for stem in STEMS]
-        if self.folder is not None:
-            single += sorted(path.name for path in (self.folder / component).glob("*.safetensors"))
-        for name in single:
-            if self._exists(f"{component}/{name}"):
-                return [name]
-        pickled = [] if self.folder is None else [p.name for p in (self.folder / component).glob("*.bin")]
+        for stem in STEMS:
+            if self._exists(f"{component}/{stem}.safetensors"):
+                return [f"{stem}.safetensors"]
+        if self.folder is not None and (found := sorted((self.folder / component).glob("*.safetensors"))):
+            return [path.name for path in found]
+        beside = [] if self.folder is None else (self.folder / component).glob("*")
+        pickled = sorted(path.name for path in beside if path.suffix in PICKLED)
         hint = f"; {pickled} are pickled and never opened, as that could run code" if pickled else ""
         raise FileNotFoundError(f"{self.source} has no safetensors weights in {component}/{hint}")
 
     def _exists(self, name: str) -> bool:
         if self.folder is not None:
             return (self.folder / name).is_file()
+        if (cached := self._cached(name)) is not None:
+            return isinstance(cached, str)
         try:
             self._fetch(name, 0, 8)
         except FileNotFoundError:
             return False
         return True
+
+    def _has(self, name: str) -> bool:
+        """Whether a file of a hub repository is in the cache already."""
+        return isinstance(self._cached(name), str)
 
     def tensors(self, component: str, prefix: str = "") -> dict[str, torch.Tensor]:
         """The tensors of a component whose names start with prefix, as stored: name -> Tensor.
@@ -113,8 +138,8 @@ class Checkpoint:
             wanted = {name: file for name, file in weights.items() if name.startswith(prefix)}
             files = {file: [n for n in wanted if wanted[n] == file] for file in sorted(set(wanted.values()))}
         else:
-            files = {weights[0]: None}
-        if self.folder is None and prefix:
+            files = dict.fromkeys(weights)
+        if self.folder is None and prefix and not all(self._has(f"{component}/{file}") for file in files):
             tensors = self._read_ranges(component, files, prefix)
         else:
             self._announce(component, files)
@@ -122,7 +147,7 @@ class Checkpoint:
             tensors = {}
             for file, names in files.items():
                 if paths[file] is None:
-                    raise FileNotFoundError(f"{self.source}/{component} lists {file}, which is not there: fetch it again")
+                    raise FileNotFoundError(f"{self.source}/{component} lists {file}, which is missing: fetch it again")
                 tensors |= _mapped(paths[file], names, prefix)
         if not tensors:
             raise KeyError(f"no tensor in {self.source}/{component} starts with {prefix!r}")
@@ -148,16 +173,18 @@ class Checkpoint:
         return module.eval()
 
     def _announce(self, component: str, files: dict) -> None:
-        """Before a download: how much it will be."""
-        if self.folder is not None:
-            return
-        sizes = [self._header(f"{component}/{file}")[2] for file in files]
-        print(f"{component}: {_gigabytes(sum(sizes))} in {len(sizes)} files from {self.source}, unless cached", flush=True)
+        """Before a download: how much it will be. Nothing is asked or said if all is in the cache."""
+        absent = [] if self.folder is not None else [f for f in files if not self._has(f"{component}/{f}")]
+        if absent:
+            size = sum(self._header(f"{component}/{file}")[2] for file in absent)
+            print(f"{component}: {_gigabytes(size)} in {len(absent)} files from {self.source}", flush=True)
 
     def _read_ranges(self, component: str, files: dict, prefix: str) -> dict[str, torch.Tensor]:
         plan = []
-        for file in files:
+        for file, names in files.items():
             table, start, _ = self._header(f"{component}/{file}")
+            if missing := sorted(set(names or ()) - set(table)):
+                raise ValueError(f"{self.source}/{component}/{file} does not match its index: it has no {missing[:12]}")
             plan += [(file, name, start, entry) for name, entry in table.items() if name.startswith(prefix)]
         total = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for *_, entry in plan)
         print(f"{component}/{prefix}*: {len(plan)} tensors, {_gigabytes(total)} from {self.source}", flush=True)
@@ -177,9 +204,13 @@ class Checkpoint:
             raise ValueError(f"{self.source}/{name} is not a safetensors file: its header claims {length} bytes")
         try:
             table = json.loads(self._fetch(name, 8, 8 + length))
-        except ValueError:
-            raise ValueError(f"{self.source}/{name} is not a safetensors file: its header is not JSON") from None
-        table.pop("__metadata__", None)
+            table.pop("__metadata__", None)
+            for entry in table.values():
+                first, last = entry["data_offsets"]
+                if not 0 <= first <= last or min(entry["shape"], default=0) < 0 or not isinstance(entry["dtype"], str):
+                    raise ValueError
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{self.source}/{name} is not a safetensors file: its header is damaged") from None
         size = max((entry["data_offsets"][1] for entry in table.values()), default=0)
         return table, 8 + length, 8 + length + size
 
@@ -188,19 +219,30 @@ class Checkpoint:
         if start == stop:
             return b""
         url = hf_hub_url(self.source, name, revision=self.revision)
-        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}"}
-        try:
-            answer = http_backoff("GET", url, headers=headers, follow_redirects=True)
-        except Exception as error:  # the http library's own errors differ between versions of huggingface_hub
-            raise ConnectionError(f"cannot read {url}: {error}") from None
-        if answer.status_code in (401, 403, 404):
-            raise FileNotFoundError(f"{self.source} on the hub has no readable {name} (HTTP {answer.status_code})")
-        if answer.status_code != 206 or len(answer.content) != stop - start:
+        asked = f"bytes={start}-{stop - 1}"
+        headers = build_hf_headers() | {"Range": asked, "Accept-Encoding": "identity"}
+        for wait in (*WAITS, None):
+            try:
+                with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
+                    status, got = answer.status_code, answer.headers.get("Content-Range", "")
+                    fits = status == 206 and got.startswith(f"{asked.replace('=', ' ')}/")
+                    data = answer.read() if fits else b""  # an answer that is not the range may be 41 GB
+                trouble = f"HTTP {status}"
+            except Exception as error:  # the http library's own errors differ between versions of huggingface_hub
+                status, trouble = None, error
+            if status is not None and status not in TRY_AGAIN:
+                break
+            if wait is None:
+                raise ConnectionError(f"cannot read {url}: {trouble}")
+            time.sleep(wait)
+        if status in (401, 403, 404):
+            raise FileNotFoundError(f"{self.source} on the hub has no readable {name} (HTTP {status})")
+        if len(data) != stop - start:
             raise ConnectionError(
-                f"{url} answered HTTP {answer.status_code} with {len(answer.content)} bytes to a request for "
-                f"{stop - start}: the server does not serve byte ranges, or the file is cut off"
+                f"{url} answered HTTP {status} ({got or 'no range'}) with {len(data)} bytes to a request for {asked}: "
+                "the server does not serve byte ranges, or the file is cut off"
             )
-        return answer.content
+        return data
 
 
 def assign(module: nn.Module, tensors: dict[str, torch.Tensor], where: str = "these weights") -> None:
@@ -235,7 +277,8 @@ def _refuse_outside(file: str, where: str) -> None:
 
 
 def _looks_like_repo(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
+    path_like = source.startswith((".", "/", "~")) or source.endswith(("/", ".safetensors", *PICKLED))
+    return source.count("/") == 1 and not path_like
 
 
 def _gigabytes(size: int) -> str:

@@ -12,7 +12,9 @@ Matches diffusers' FlowMatchEulerDiscreteScheduler and QwenImagePipeline (tests/
 import math
 
 import torch
+import torch.nn.functional as F
 
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 MUST_BE_OFF = (
     "invert_sigmas",
     "stochastic_sampling",
@@ -45,6 +47,8 @@ def get_sigmas(
     """
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    if stale.get("_class_name", SCHEDULER) != SCHEDULER:
+        raise ValueError(f"the scheduler is a {stale['_class_name']}; minqwen computes {SCHEDULER} only")
     on = [key for key in MUST_BE_OFF if stale.pop(key, False)]
     unknown = [key for key in stale if not key.startswith("_")]
     if on or unknown or time_shift_type != "exponential":
@@ -73,8 +77,9 @@ def guide(positive: torch.Tensor, negative: torch.Tensor, true_cfg_scale: float)
     """Classifier-free guidance: away from the negative prompt, at the length of the positive prediction.
 
     positive, negative (B, N, 64): velocities under the two prompts  ->  (B, N, 64); scale 1 changes nothing.
-    The length is taken over the 64 numbers of each token. Source: Ho and Salimans 2022; QwenImagePipeline.
+    The length is taken over the 64 numbers of each token; a token of zeros stays zero
+    (NaN in diffusers). Source: Ho and Salimans 2022; QwenImagePipeline.
     """
     positive, negative = positive.float(), negative.float()
     combined = negative + true_cfg_scale * (positive - negative)
-    return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+    return F.normalize(combined, dim=-1) * positive.norm(dim=-1, keepdim=True)
