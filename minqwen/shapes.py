@@ -30,23 +30,55 @@ BACKGROUNDS = {  # none of them is one of COLOURS: no shape is ever lost in its 
 }
 # {it} and {other} stand for references ("the red star"), {a} for a new thing ("an orange heart").
 PHRASES = {
-    "recolour": ("make {it} {colour}", "change {it} to {colour}", "paint {it} {colour}",
-                 "turn {it} {colour}"),
-    "remove": ("remove {it}", "delete {it}", "take away {it}", "erase {it}"),
-    "add": ("add {a} at the {place}", "put {a} in the {place}", "draw {a} at the {place}",
-            "place {a} in the {place}"),
+    "recolour": ("make {it} {colour}", "change {it} to {colour}", "paint {it} {colour}", "turn {it} {colour}",
+                 "colour {it} {colour}", "{it} should be {colour}", "I would like {it} to be {colour}",
+                 "change the colour of {it} to {colour}"),
+    "remove": ("remove {it}", "delete {it}", "take away {it}", "erase {it}",
+               "get rid of {it}", "{it} should be gone", "I would like {it} to be gone", "take {it} out"),
+    "add": ("add {a} at the {place}", "put {a} in the {place}", "draw {a} at the {place}", "place {a} in the {place}",
+            "insert {a} in the {place}", "there should be {a} at the {place}", "I would like {a} at the {place}",
+            "at the {place}, add {a}"),
     "background": ("make the background {colour}", "change the background to {colour}",
-                   "paint the background {colour}", "turn the background {colour}"),
+                   "paint the background {colour}", "turn the background {colour}",
+                   "use a {colour} background", "the background should be {colour}",
+                   "I would like the background to be {colour}", "change the colour of the background to {colour}"),
     "shape": ("turn {it} into a {shape}", "replace {it} with a {shape}", "change {it} into a {shape}",
-              "make {it} a {shape}"),
-    "move": ("move {it} to the {place}", "put {it} in the {place}", "shift {it} to the {place}"),
-    "swap": ("swap {it} and {other}", "switch {it} with {other}", "exchange {it} and {other}"),
-    "draw": ("{things} on a {colour} background", "a {colour} background with {things}"),
+              "make {it} a {shape}", "change {it} to a {shape}", "{it} should be a {shape}",
+              "I would like {it} to be a {shape}", "change the shape of {it} to a {shape}"),
+    "move": ("move {it} to the {place}", "put {it} in the {place}", "shift {it} to the {place}",
+             "place {it} at the {place}", "bring {it} to the {place}", "{it} should be at the {place}",
+             "I would like {it} to be at the {place}", "change the place of {it} to the {place}"),
+    "swap": ("swap {it} and {other}", "switch {it} with {other}", "exchange {it} and {other}",
+             "swap {it} with {other}", "exchange the places of {it} and {other}", "{it} and {other} should swap places",
+             "I would like {it} and {other} to swap places", "let {it} and {other} trade places"),
+    "draw": ("{things} on a {colour} background", "a {colour} background with {things}",
+             "draw {things} on a {colour} background", "a picture of {things} on a {colour} background",
+             "there should be {things} on a {colour} background", "I would like {things} on a {colour} background",
+             "on a {colour} background, {things}", "a {colour} picture with {things}"),
+    "outline": ("draw an outline around {it} in {colour}", "outline {it} in {colour}",
+                "give {it} an outline in {colour}", "{it} should have an outline in {colour}"),
 }
 CHINESE_PHRASES = {
-    "recolour": "把{it}变成{colour}", "remove": "去掉{it}", "add": "在{place}加一个{a}",
-    "background": "把背景变成{colour}", "shape": "把{it}换成{shape}", "move": "把{it}移到{place}",
-    "swap": "交换{it}和{other}", "draw": "{colour}背景上有{things}",
+    "recolour": ("把{it}变成{colour}", "将{it}改为{colour}"),
+    "remove": ("去掉{it}", "删除{it}"),
+    "add": ("在{place}加一个{a}", "在{place}画一个{a}"),
+    "background": ("把背景变成{colour}", "将背景改为{colour}"),
+    "shape": ("把{it}换成{shape}", "将{it}变为{shape}"),
+    "move": ("把{it}移到{place}", "将{it}放到{place}"),
+    "swap": ("交换{it}和{other}", "把{it}和{other}对调"),
+    "draw": ("{colour}背景上有{things}", "画{things}，背景是{colour}"),
+    "outline": ("给{it}加上{colour}边框", "用{colour}描出{it}"),
+}
+# No training sees these: what an instruction does that nobody has thought of.
+UNSEEN_PHRASES = {
+    "recolour": ("I want {it} to be {colour}", "could you please paint {it} in {colour}?"),
+    "remove": ("I want {it} to be gone", "please take {it} away from the picture"),
+    "add": ("I want {a} at the {place}", "could you draw {a} for me in the {place}?"),
+    "background": ("I want the background to be {colour}", "please paint all of the background in {colour}"),
+    "shape": ("I want {it} to be a {shape}", "could you please turn {it} to a {shape}?"),
+    "move": ("I want {it} to be at the {place}", "please move {it} so that it is at the {place}"),
+    "swap": ("I want {it} and {other} to swap places", "could you let {it} switch places with {other}?"),
+    "draw": ("I want {things} on a {colour} background", "please paint {things}, on {colour}"),
 }
 CHINESE = {
     "circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形", "heart": "心形",
@@ -54,7 +86,8 @@ CHINESE = {
     "red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "purple": "紫色", "orange": "橙色",
     "cyan": "青色", "white": "白色", "black": "黑色", "gray": "灰色", "pink": "粉色", "brown": "棕色",
 }
-KINDS = tuple(kind for kind in PHRASES if kind != "draw")
+KINDS = ("recolour", "remove", "add", "background", "shape", "move", "swap")
+HELD_BACK = "outline"  # a kind of edit that the shipped checkpoint was never shown: the fine-tune teaches it
 # What a reference may name. The place is always enough; the others only while nothing else in the scene fits.
 REFERENCES = (("shape",), ("colour",), ("colour", "shape"), ("place",), ("shape", "place"))
 
@@ -66,17 +99,16 @@ class World:
     shapes: tuple[str, ...] = SHAPES
     colours: tuple[str, ...] = tuple(COLOURS)
     backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
-    kinds: tuple[str, ...] = ("recolour", "remove", "add", "background", "shape")
-    phrasings: int = 2  # how many of each kind's PHRASES
-    references: tuple[tuple[str, ...], ...] = REFERENCES[:4]
-    chinese: float = 0.0  # share of instructions in Chinese
-    jitter: int = 0  # 0, 1 or 2: centres move by up to so many pixels, radii shrink by up to twice as many
+    kinds: tuple[str, ...] = KINDS
+    phrasings: int = 8  # how many of each kind's PHRASES
+    references: tuple[tuple[str, ...], ...] = REFERENCES
+    chinese: float = 0.1  # share of instructions in Chinese
+    jitter: int = 1  # 0, 1 or 2: centres move by up to so many pixels, radii shrink by up to twice as many
     max_objects: int = 3  # leaves an empty cell to move to
 
 
-FULL = World(kinds=KINDS, phrasings=4, references=REFERENCES, chinese=0.1, jitter=2)
-SMALL = World(("circle", "square", "triangle", "heart"), tuple(COLOURS)[:6], kinds=KINDS[:4])
-WORLD = World()  # the default everywhere below: the world that the shipped checkpoint was trained on
+SMALL = World(kinds=KINDS[:5], phrasings=2, references=REFERENCES[:4], chinese=0.0, jitter=0)  # where training begins
+WORLD = World()  # where it ends, and the default everywhere below
 
 
 # ------------------------------------------------------------------------------------ scenes and pictures
@@ -187,7 +219,7 @@ def a(thing: Thing, chinese: bool = False) -> str:
 def phrase(rng: np.random.Generator, kind: str, world: World, chinese: bool, **words: str) -> str:
     if chinese:
         words = {key: CHINESE.get(word, word) for key, word in words.items()}
-        return CHINESE_PHRASES[kind].format(**words)
+        return pick(rng, CHINESE_PHRASES[kind]).format(**words)
     return pick(rng, PHRASES[kind][: world.phrasings]).format(**words)
 
 
@@ -203,10 +235,12 @@ def describe(scene: Scene, rng: np.random.Generator, world: World = WORLD) -> st
 
 def vocabulary() -> list[str]:
     """Every English word and Chinese piece that an instruction or prompt can hold: what a tokenizer needs."""
-    phrases = [*sum(PHRASES.values(), ()), *CHINESE_PHRASES.values()]
+    phrases = [*sum(PHRASES.values(), ()), *sum(CHINESE_PHRASES.values(), ())]
     text = " ".join([*phrases, *SHAPES, *PLACES, *COLOURS, *BACKGROUNDS, *CHINESE.values()])
-    words = text.replace("{", " {").replace("}", "} ").split() + "a an and nothing shape 图形 的 和".split()
-    return sorted({word for word in words if "{" not in word})
+    for mark in "{}，,":
+        text = text.replace(mark, f" {mark} ")
+    words = text.split() + "a an and nothing shape 图形 的 和".split()
+    return sorted({word for word in words if word not in "{}，,"})
 
 
 # ------------------------------------------------------------------------------------ sampling

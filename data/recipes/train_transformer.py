@@ -1,8 +1,10 @@
 """Trains the tiny checkpoint's text encoder and transformer together: python data/recipes/train_transformer.py --help
 
+Two phases: in the `small` world from nothing, then in the `full` one from the small one's averaged weights.
 Needs runs/vae_joint.pt and runs/vae_config.json (train_vae.py joint) and runs/tokenizer (make_tokenizer.py).
 Drawing from words and editing are mixed: in an edit most tokens are copies and words earn little gradient, in a
-drawing every token depends on them. Writes runs/transformer.pt, which resumes, and a log beside this file.
+drawing every token depends on them. Writes runs/transformer_PHASE.pt, which resumes, a sheet of pictures beside it
+at every measurement, and a log beside this file.
 """
 
 import argparse
@@ -14,18 +16,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import Log, Run, pictures
+from PIL import Image
 from torch import Tensor, nn
 from train_vae import build_vae
 
 from minqwen.images import pack_latents, pixels_to_image, unpack_latents
 from minqwen.prompt import EDIT, T2I, load_tokenizer, tokenize_prompts
 from minqwen.sampling import euler_step, get_sigmas, time_shift
-from minqwen.shapes import WORLD, Edit, judge, sample_drawing, sample_edit
+from minqwen.shapes import SMALL, WORLD, Edit, World, judge, sample_drawing, sample_edit
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder, mrope_positions
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vision import rotate
 
 HERE = Path(__file__).parent
+WORLDS = {"small": SMALL, "full": WORLD}
 GRID = (1, 4, 4)  # tokens of a 64x64 picture
 TRANSFORMER = {
     "attention_head_dim": 32,
@@ -116,16 +120,30 @@ class Batch(NamedTuple):
     changed: Tensor  # (B, 16) 1 where the instruction changes the picture
 
 
-def sample_batch(rng: np.random.Generator, size: int, draw: bool, tokenizer, encode, no_caption: float = 0.1) -> Batch:
-    edits = [sample_drawing(rng) if draw else sample_edit(rng) for _ in range(size)]
+def sample_batch(
+    rng: np.random.Generator, size: int, draw: bool, world: World, tokenizer, encode, no_caption: float = 0.1
+) -> Batch:
+    edits = [sample_drawing(rng, world) if draw else sample_edit(rng, world=world) for _ in range(size)]
     dropped = rng.random(size) < no_caption
-    prompts = [" " if drop else e.instruction for e, drop in zip(edits, dropped, strict=True)]
+    words = [chatty(rng, e.instruction) if world == WORLD else e.instruction for e in edits]
+    prompts = [" " if drop else text for text, drop in zip(words, dropped, strict=True)]
     target = encode(pictures([e.target_scene for e in edits]))
     if draw:
         return Batch(tokenize_prompts(tokenizer, prompts, template=T2I), target, None, torch.ones(size, 16))
     source = encode(pictures([e.scene for e in edits]))
     tokens = tokenize_prompts(tokenizer, prompts, [[e.source] for e in edits], EDIT)
     return Batch(tokens, target, source, torch.stack([changed_tokens(e) for e in edits]))
+
+
+def chatty(rng: np.random.Generator, instruction: str, share: float = 0.2) -> str:
+    """Some instructions with one to three words of random letters among theirs: unknown words should do no harm."""
+    if rng.random() > share:
+        return instruction
+    words = instruction.split(" ")
+    for _ in range(int(rng.integers(1, 4))):
+        letters = "".join(chr(97 + k) for k in rng.integers(0, 26, int(rng.integers(2, 8))))
+        words.insert(int(rng.integers(len(words) + 1)), letters)
+    return " ".join(words)
 
 
 def changed_tokens(edit: Edit) -> Tensor:
@@ -192,12 +210,17 @@ def loss_of(net: nn.ModuleDict, batch: Batch, shift: float, changed_weight: floa
 
 
 @torch.no_grad()
-def accuracy(net: nn.ModuleDict, vae, tokenizer, encode, rows: int = 40, steps: int = 10) -> dict[str, float]:
-    """Per cent right by kind, on scenes of seeds that training never uses; 10 steps, no guidance."""
-    right = {}
-    for number, kind in enumerate((*WORLD.kinds, "draw")):
+def accuracy(
+    net: nn.ModuleDict, vae, world: World, tokenizer, encode, sheet: Path, rows: int = 40, steps: int = 10
+) -> dict[str, float]:
+    """Per cent right by kind, on scenes of seeds that training never uses; 10 steps, no guidance.
+
+    Writes a sheet of pictures: a row for each kind, each edit as source and result.
+    """
+    right, pairs = {}, []
+    for number, kind in enumerate((*world.kinds, "draw")):
         rng = np.random.default_rng(10**7 + number)
-        edits = [sample_drawing(rng) if kind == "draw" else sample_edit(rng, kind) for _ in range(rows)]
+        edits = [sample_drawing(rng, world) if kind == "draw" else sample_edit(rng, kind, world) for _ in range(rows)]
         prompts = [e.instruction for e in edits]
         if kind == "draw":
             batch = Batch(tokenize_prompts(tokenizer, prompts, template=T2I), None, None, None)
@@ -210,7 +233,15 @@ def accuracy(net: nn.ModuleDict, vae, tokenizer, encode, rows: int = 40, steps: 
         for sigma, following in zip(sigmas, sigmas[1:], strict=False):
             v = velocity(net, batch, latents, torch.full((rows,), sigma), text)
             latents = euler_step(latents, v, sigma, following)
-        right[kind] = 100 * sum(map(judge, to_images(vae, latents), edits)) / rows
+        images = to_images(vae, latents)
+        right[kind] = 100 * sum(map(judge, images, edits)) / rows
+        pairs.append([image for pair in zip((e.source for e in edits), images, strict=True) for image in pair][:12])
+    page = Image.new("RGB", (12 * 68, len(pairs) * 68), "white")
+    for y, row in enumerate(pairs):
+        for x, image in enumerate(row):
+            if image:
+                page.paste(image, (68 * x, 68 * y))
+    page.save(sheet)
     return right
 
 
@@ -246,9 +277,14 @@ def train(args: argparse.Namespace) -> None:
     average.load_state_dict(net.state_dict())
     average.requires_grad_(False)
     opts = optimizers(net, args.lr)
-    run = Run(Path("runs/transformer.pt"), {"net": net, "average": average} | opts, rng)
-    run.resume()
-    log = Log(HERE / "log_transformer.csv", ["minutes", "samples", "loss_edit", "loss_draw", *WORLD.kinds, "draw"])
+    world, path = WORLDS[args.phase], Path(f"runs/transformer_{args.phase}.pt")
+    run = Run(path, {"net": net, "average": average} | opts, rng)
+    if not run.resume() and args.phase == "full":
+        start = torch.load("runs/transformer_small.pt", weights_only=True)["average"]
+        net.load_state_dict(start)
+        average.load_state_dict(start)
+    fields = ["minutes", "samples", "loss_edit", "loss_draw", *world.kinds, "draw"]
+    log = Log(HERE / f"log_transformer_{args.phase}.csv", fields)
 
     mode = (
         torch.compile(lambda x: vae.encode(x).mode(), dynamic=False)
@@ -263,11 +299,10 @@ def train(args: argparse.Namespace) -> None:
         latents = torch.cat([mode(part) for part in padded.split(16)])[: len(x)]
         return pack_latents(vae.normalize(latents))
 
-    losses: dict[bool, list[float]] = {False: [], True: []}
     while run.step < args.steps:
-        pool = []
+        pool, losses = [], {False: [], True: []}
         for _ in range(args.pool):  # each batch is drawn and encoded once, and used `reuse` times with other noise
-            pool.append(sample_batch(rng, args.batch, rng.random() < args.draw, tokenizer, encode))
+            pool.append(sample_batch(rng, args.batch, rng.random() < args.draw, world, tokenizer, encode))
         for _ in range(args.reuse):
             for index in rng.permutation(len(pool)):
                 batch = pool[index]
@@ -286,15 +321,16 @@ def train(args: argparse.Namespace) -> None:
                 losses[batch.source is None].append(loss.item())
         # a pool is the unit of resumption: random states are saved only between pools
         run.save()
-        means = {"loss_edit": float(np.mean(losses[False][-200:])), "loss_draw": float(np.mean(losses[True][-200:]))}
+        means = {"loss_edit": float(np.mean(losses[False])), "loss_draw": float(np.mean(losses[True]))}
         print(f"step {run.step} of {args.steps}, {run.elapsed() / 60:.1f} min, {means}", flush=True)
         if (run.step // (args.pool * args.reuse)) % args.check_every == 0 or run.step >= args.steps:
-            right = accuracy(average, load_vae(decoder=True), tokenizer, encode)
+            right = accuracy(average, load_vae(decoder=True), world, tokenizer, encode, path.with_suffix(".png"))
             log(minutes=run.elapsed() / 60, samples=run.step * args.batch, **means, **right)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=WORLDS)
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
