@@ -1,5 +1,6 @@
 # make lab    set everything up and open the first notebook
 # make test   set everything up and run the tests and the notebooks
+# make tiny   set everything up and train the tiny checkpoint from nothing (hours; says how many)
 #
 # Everything is installed into .venv in this folder and nothing elsewhere. All of it can be interrupted and run again.
 
@@ -8,10 +9,11 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 NOTEBOOK ?= notebooks/00_the_whole_picture.ipynb
 LAB_ARGS ?=
 TEST_ARGS ?=
+TINY_ARGS ?=
 
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help lab test bench notebooks clean setup setup-test
+.PHONY: help lab test bench notebooks tiny clean setup setup-test
 
 # Jupyter finds this environment's own kernel before any other "python3" that is registered on the machine.
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -21,10 +23,12 @@ help:
 	@echo "make test    set everything up, then run the style check, the tests and all notebooks"
 	@echo "make bench   set everything up, then measure speed against diffusers"
 	@echo "make notebooks  set everything up, then run every notebook in place and keep its outputs"
+	@echo "make tiny    set everything up, then train the tiny checkpoint from nothing into runs/tiny"
 	@echo "make clean   remove .venv and the caches"
 	@echo
 	@echo "PYTHON=/path/to/python3.12   build .venv with this Python (3.11 or newer)"
 	@echo "LAB_ARGS='--port 9999'       arguments for JupyterLab"
+	@echo "TINY_ARGS='--share 0.01'     arguments for data/recipes/make_tiny.py"
 	@echo "TEST_ARGS='-k rope'          arguments for pytest, in 'make test' for the library's tests"
 
 lab: setup
@@ -55,6 +59,9 @@ bench: setup-test
 notebooks: setup-test
 	@echo "Running every notebook in place, so that its committed outputs are those of today."
 	@$(PY) -m jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace notebooks/*.ipynb
+
+tiny: setup
+	@$(PY) data/recipes/make_tiny.py $(TINY_ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache minqwen.egg-info

@@ -55,7 +55,8 @@ class QwenImagePipeline:
     """Draws (`generate`) and edits (`edit`); made by `from_pretrained`.
 
     edit_template: EDIT (one picture), EDIT_PLUS (several), or None where the checkpoint only draws.
-    area: pixels of the default working size. schedule: the keys of scheduler_config.json.
+    area: pixels of the default working size; true_cfg_scale: the default guidance.
+    schedule: the keys of scheduler_config.json.
     """
 
     def __init__(
@@ -68,10 +69,11 @@ class QwenImagePipeline:
         image_settings: dict | None = None,
         edit_template=EDIT,
         area: int = AREA,
+        true_cfg_scale: float = 4.0,
     ):
         self.transformer, self.vae, self.text_encoder, self.tokenizer = transformer, vae, text_encoder, tokenizer
         self.schedule, self.image_settings = schedule or {}, image_settings or {}
-        self.edit_template, self.area = edit_template, area
+        self.edit_template, self.area, self.true_cfg_scale = edit_template, area, true_cfg_scale
 
     @classmethod
     def from_pretrained(
@@ -106,7 +108,8 @@ class QwenImagePipeline:
             checkpoint.config("scheduler/scheduler_config.json"),
             settings,
             template,
-            index.get("_area", AREA),  # only our own tiny checkpoint has this key
+            index.get("_area", AREA),  # only our own tiny checkpoint has these two keys
+            index.get("_true_cfg_scale", 4.0),
         )
 
     @property
@@ -123,7 +126,7 @@ class QwenImagePipeline:
         width: int | None = None,
         height: int | None = None,
         negative_prompt: str | None = " ",
-        true_cfg_scale: float = 4.0,
+        true_cfg_scale: float | None = None,
         num_inference_steps: int = 50,
         generator: torch.Generator | None = None,
         latents: torch.Tensor | None = None,
@@ -133,22 +136,24 @@ class QwenImagePipeline:
         """Draw a picture from words.
 
         width, height: pixels, by default a square of the checkpoint's area; rounded down to multiples of 16.
-        negative_prompt, true_cfg_scale: guidance, off when the scale is at most 1 or the negative prompt is None.
+        negative_prompt, true_cfg_scale: guidance, by default the checkpoint's (4 when released), off when the
+            scale is at most 1 or the negative prompt is None.
         generator: source of the starting noise; latents: the noise itself, packed (1, tokens, 64).
         callback(step, sigma, latents, velocity) runs after each prediction, with the packed latents it was made on.
         Raises ValueError for sizes or latents that do not fit, FloatingPointError when the numbers overflow.
         """
         side = calculate_dimensions(self.area, 1.0)[0]
         width, height = _multiple_of_16(width or side, "width"), _multiple_of_16(height or side, "height")
+        scale = self.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
         positive = self.encode_prompt(prompt)
-        negative = self._negative(negative_prompt, true_cfg_scale)
+        negative = self._negative(negative_prompt, scale)
         return self._sample(
             positive,
             negative,
             [],
             width,
             height,
-            true_cfg_scale,
+            scale,
             num_inference_steps,
             generator,
             latents,
@@ -164,7 +169,7 @@ class QwenImagePipeline:
         width: int | None = None,
         height: int | None = None,
         negative_prompt: str | None = " ",
-        true_cfg_scale: float = 4.0,
+        true_cfg_scale: float | None = None,
         num_inference_steps: int = 50,
         generator: torch.Generator | None = None,
         latents: torch.Tensor | None = None,
@@ -190,15 +195,16 @@ class QwenImagePipeline:
         if self.edit_template is EDIT_PLUS:  # the text encoder looks at smaller copies
             small = [calculate_dimensions(min(CONDITION_AREA, area), image.width / image.height) for image in images]
             seen = [resize_image(image, *size) for image, size in zip(images, small, strict=True)]
+        scale = self.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
         positive = self.encode_prompt(prompt, seen)
-        negative = self._negative(negative_prompt, true_cfg_scale, seen)
+        negative = self._negative(negative_prompt, scale, seen)
         references = [self.encode_image(image) for image in resized]
         width, height = (
             _multiple_of_16(width or sizes[-1][0], "width"),
             _multiple_of_16(height or sizes[-1][1], "height"),
         )
         return self._sample(
-            positive, negative, references, width, height, true_cfg_scale, num_inference_steps, generator, latents,
+            positive, negative, references, width, height, scale, num_inference_steps, generator, latents,
             callback, progress,
         )  # fmt: skip
 

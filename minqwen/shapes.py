@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 64  # pixels on a side; centres and radii below are in pixels of a picture of this size
 RADIUS = 12
+RIM = 2  # an outline covers so many pixels on either side of the edge
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 COLOURS = {
@@ -103,6 +104,7 @@ class World:
     phrasings: int = 8  # how many of each kind's PHRASES
     references: tuple[tuple[str, ...], ...] = REFERENCES
     chinese: float = 0.1  # share of instructions in Chinese
+    unseen: bool = False  # UNSEEN_PHRASES instead of PHRASES: to test, never to train
     jitter: int = 1  # 0, 1 or 2: centres move by up to so many pixels, radii shrink by up to twice as many
     max_objects: int = 3  # leaves an empty cell to move to
 
@@ -122,6 +124,7 @@ class Thing:
     dx: int = 0  # from the middle of its cell
     dy: int = 0
     radius: int = RADIUS
+    outline: str | None = None  # a colour along its edge
 
 
 @dataclass(frozen=True)
@@ -157,12 +160,21 @@ def outline(shape: str) -> list[tuple[float, float]]:
 
 
 @cache
-def mask(shape: str, dx: int = 0, dy: int = 0, radius: int = RADIUS, cell: int = SIZE // 2) -> np.ndarray:
-    """How much of each pixel of a cell a shape covers, (cell, cell, 1) in [0, 1]: drawn 8 times as large."""
+def mask(
+    shape: str, dx: int = 0, dy: int = 0, radius: int = RADIUS, cell: int = SIZE // 2, grow: int = 0
+) -> np.ndarray:
+    """How much of each pixel of a cell a shape covers, (cell, cell, 1) in [0, 1]: drawn 8 times as large.
+
+    grow: pixels by which its edge is moved outwards (or inwards, below 0).
+    """
     large = Image.new("L", (8 * cell, 8 * cell))
     middle, scale = SIZE / 4, 8 * cell / (SIZE / 2)
     corners = [(middle + dx + radius * x, middle + dy + radius * y) for x, y in outline(shape)]
-    ImageDraw.Draw(large).polygon([(x * scale, y * scale) for x, y in corners], fill=255)
+    corners = [(x * scale, y * scale) for x, y in corners]
+    ImageDraw.Draw(large).polygon(corners, fill=255)
+    if grow:
+        line = corners + corners[:2]  # once round and a little further, so that every corner is a joint
+        ImageDraw.Draw(large).line(line, 255 if grow > 0 else 0, round(2 * abs(grow) * scale), joint="curve")
     return np.asarray(large.resize((cell, cell), Image.Resampling.BOX), np.float32)[..., None] / 255
 
 
@@ -179,7 +191,11 @@ def draw_array(scene: Scene, size: int = SIZE) -> np.ndarray:
     picture[:] = ground = np.array(BACKGROUNDS[scene.background], np.float32)
     for t in scene.things:
         cover = mask(t.shape, t.dx, t.dy, t.radius, size // 2)
-        picture[in_cell(t.place, size)] = ground + cover * (COLOURS[t.colour] - ground) + 0.5  # + 0.5: rounds
+        cell = ground + cover * (COLOURS[t.colour] - ground)
+        if t.outline:
+            outer, inner = (mask(t.shape, t.dx, t.dy, t.radius, size // 2, grow) for grow in (RIM, -RIM))
+            cell = cell + (outer - inner) * (COLOURS[t.outline] - cell)
+        picture[in_cell(t.place, size)] = cell + 0.5  # rounds
     return picture
 
 
@@ -220,7 +236,8 @@ def phrase(rng: np.random.Generator, kind: str, world: World, chinese: bool, **w
     if chinese:
         words = {key: CHINESE.get(word, word) for key, word in words.items()}
         return pick(rng, CHINESE_PHRASES[kind]).format(**words)
-    return pick(rng, PHRASES[kind][: world.phrasings]).format(**words)
+    phrases = UNSEEN_PHRASES[kind] if world.unseen else PHRASES[kind][: world.phrasings]
+    return pick(rng, phrases).format(**words)
 
 
 def describe(scene: Scene, rng: np.random.Generator, world: World = WORLD) -> str:
@@ -294,8 +311,8 @@ def sample_drawing(rng: np.random.Generator, world: World = WORLD) -> Edit:
 def sample_edit(rng: np.random.Generator, kind: str | None = None, world: World = WORLD) -> Edit:
     """A scene, an instruction that can mean one thing only in it, and the scene that it asks for."""
     kind = kind or pick(rng, world.kinds)
-    if kind not in KINDS:
-        raise ValueError(f"no edit is of kind {kind!r}: expected one of {', '.join(KINDS)}")
+    if kind not in (*KINDS, HELD_BACK):
+        raise ValueError(f"no edit is of kind {kind!r}: expected one of {', '.join((*KINDS, HELD_BACK))}")
     least, most = {"add": (0, world.max_objects - 1), "swap": (2, 4)}.get(kind, (1, 4))
     while True:  # a world with few references has scenes whose things cannot be told apart: take another
         scene = sample_scene(rng, world, least, most)
@@ -327,6 +344,9 @@ def change(
         rest.remove(other)
         words["other"] = refer(rng, scene, other, world, chinese)
         return scene.with_things(*rest, replace(it, place=other.place), replace(other, place=it.place)), words
+    if kind == HELD_BACK:
+        words["colour"] = pick(rng, world.colours, other_than=it.colour)
+        return scene.with_things(*rest, replace(it, outline=words["colour"])), words
     part = {"recolour": "colour", "shape": "shape", "move": "place"}[kind]
     choices = {"colour": world.colours, "shape": world.shapes, "place": scene.empty_places()}[part]
     words[part] = pick(rng, choices, other_than=getattr(it, part))
@@ -338,6 +358,7 @@ def change(
 NEAR = 48  # two colours nearer than this may be the same one (black and white are 442 apart)
 MIN_OVERLAP, MIN_LEAD = 0.8, 0.04  # intersection over union with the best shape, and its lead over the second
 MAX_SPOTS = 0.01  # share of a cell's pixels that may be off
+MAX_OFF = 0.03  # share of an outlined thing's pixels that may be
 
 
 def judge(image: Image.Image, edit: Edit) -> bool:
@@ -363,6 +384,8 @@ def explain(image: Image.Image, edit: Edit) -> list[str]:
 def explain_cell(cell: np.ndarray, ground: np.ndarray, edit: Edit, place: str) -> str | None:
     """What is wrong in one cell, (32, 32, 3), of a picture whose background is `ground`."""
     thing = edit.target_scene.at(place)
+    if thing and thing.outline:
+        return explain_outlined(cell, ground, edit, thing)
     away = np.linalg.norm(cell - ground, axis=-1)
     if thing is None:
         return "nothing expected, something seen" if (away > NEAR).mean() > MAX_SPOTS else None
@@ -382,6 +405,29 @@ def explain_cell(cell: np.ndarray, ground: np.ndarray, edit: Edit, place: str) -
     outside, inside = plain_parts(best, *scores[best][1])
     spots = (outside & (away > NEAR)) | (inside & (np.linalg.norm(cell - colour, axis=-1) > NEAR))
     return "spots on what should be plain" if spots.mean() > MAX_SPOTS else None
+
+
+def explain_outlined(cell: np.ndarray, ground: np.ndarray, edit: Edit, thing: Thing) -> str | None:
+    """What is wrong with a thing that should have an outline: ground, rim and inside must have their colours."""
+    colours, shares = (ground, COLOURS[thing.outline], COLOURS[thing.colour]), []
+    for placement in placements(edit, thing):
+        parts = outlined_parts(thing.shape, *placement)
+        away = [np.linalg.norm(cell - rgb, axis=-1) > NEAR for rgb in colours]
+        off = [(part & far).sum() for part, far in zip(parts, away, strict=True)]
+        large = parts[1].sum() + parts[2].sum()  # a spot on the ground counts as it would on the thing
+        shares.append(max(count / min(part.sum(), large) for count, part in zip(off, parts, strict=True)))
+    wanted = f"{thing.colour} {thing.shape} with an outline in {thing.outline}"
+    return f"{wanted} expected, something else seen" if min(shares) > MAX_OFF else None
+
+
+@cache
+def outlined_parts(shape: str, dx: int, dy: int, radius: int) -> list[np.ndarray]:
+    """The pixels outside an outlined shape, on its rim and inside, a pixel away from the edges between them."""
+    outer, inner = (mask(shape, dx, dy, radius, grow=grow)[..., 0] for grow in (RIM, -RIM))
+    parts = outer == 0, (outer == 1) & (inner == 0), inner == 1
+    parts = [Image.fromarray(part.astype(np.uint8) * 255) for part in parts]
+    away = [part.filter(ImageFilter.MinFilter(3)) for part in parts]
+    return [np.asarray(b if np.any(b) else p) > 0 for b, p in zip(away, parts, strict=True)]
 
 
 def nearest(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:

@@ -18,6 +18,11 @@ def pictures(scenes: list[Scene]) -> torch.Tensor:
     return torch.from_numpy(array).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
 
 
+def device() -> str:
+    """Where to train: CUDA, else MPS, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 class Log:
     """A line of numbers on the screen and in a CSV file, which a resumed run continues."""
 
@@ -56,11 +61,12 @@ class Run:
     def resume(self) -> bool:
         if not self.path.exists():
             return False
-        state = torch.load(self.path, weights_only=True)
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
         for name, module in self.modules.items():
             module.load_state_dict(state[name])
         self.step, self.seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["torch"])
         self.rng.bit_generator.state = json.loads(state["numpy"])
+        self._started = time.time()
         print(f"resumed {self.path.name} at step {self.step}, {self.seconds / 60:.1f} minutes in", flush=True)
         return True

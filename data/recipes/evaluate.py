@@ -6,33 +6,50 @@ Scenes are drawn with seeds that training never uses; pictures come out of `edit
 import argparse
 import json
 import math
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from minqwen.pipeline import QwenImagePipeline
-from minqwen.shapes import WORLD, draw, judge, sample_drawing, sample_edit, sample_scene
+from minqwen.shapes import PLACES, WORLD, Edit, World, draw, in_cell, judge, sample_drawing, sample_edit, sample_scene
 
 SEED = 10**8  # training draws from small seeds, the checks during training from 10**7
+WORLDS = {
+    "as trained": WORLD,
+    "unseen phrasings": replace(WORLD, unseen=True, chinese=0.0),
+    "Chinese": replace(WORLD, chinese=1.0),
+}
 
 
-def evaluate(pipe: QwenImagePipeline, rows: int, **options) -> dict[str, int]:
-    """How many of `rows` are right, for each kind of edit and for drawing."""
-    right = {}
-    for number, kind in enumerate((*WORLD.kinds, "draw")):
+def evaluate(pipe: QwenImagePipeline, rows: int, world: World = WORLD, **options) -> tuple[dict[str, int], list[float]]:
+    """How many of `rows` are right, for each kind and for drawing; and `drift` of every edit."""
+    right, drifts = {}, []
+    for number, kind in enumerate((*world.kinds, "draw")):
         rng = np.random.default_rng(SEED + number)
         right[kind] = 0
-        for row in tqdm(range(rows), desc=kind):
-            task = sample_drawing(rng) if kind == "draw" else sample_edit(rng, kind)
+        for row in tqdm(range(rows), desc=kind, disable=None):
+            task = sample_drawing(rng, world) if kind == "draw" else sample_edit(rng, kind, world)
             generator = torch.Generator().manual_seed(SEED + row)
             if kind == "draw":
                 image = pipe.generate(task.instruction, generator=generator, progress=False, **options)
             else:
                 image = pipe.edit(task.source, task.instruction, generator=generator, progress=False, **options)
+                drifts += drift(image, task)
             right[kind] += judge(image, task)
-    return right
+    return right, drifts
+
+
+def drift(image: Image.Image, edit: Edit) -> list[float]:
+    """The mean difference from the source, in levels of 255, over the cells that the edit leaves alone, if any."""
+    picture, source, target = (np.asarray(i, np.float32) for i in (image, edit.source, edit.target))
+    cells = [in_cell(place) for place in PLACES]
+    same = [abs(picture[cell] - source[cell]).mean() for cell in cells if (source[cell] == target[cell]).all()]
+    return [float(np.mean(same))] if same else []
 
 
 @torch.inference_mode()
@@ -54,15 +71,26 @@ if __name__ == "__main__":
     parser.add_argument("checkpoint", nargs="?", default="data/tiny")
     parser.add_argument("--rows", type=int, default=100, help="tasks of each kind")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--scale", type=float, default=4.0, help="guidance")
+    parser.add_argument("--scale", type=float, help="guidance, by default the checkpoint's own")
+    parser.add_argument("--words", choices=WORLDS, default="as trained")
     parser.add_argument("--out", type=Path, help="add a line to this file")
     args = parser.parse_args()
-    pipe = QwenImagePipeline.from_pretrained(args.checkpoint)
-    right = evaluate(pipe, args.rows, num_inference_steps=args.steps, true_cfg_scale=args.scale)
+    pipe, start = QwenImagePipeline.from_pretrained(args.checkpoint), time.time()
+    options = {"num_inference_steps": args.steps, "true_cfg_scale": args.scale}
+    right, drifts = evaluate(pipe, args.rows, WORLDS[args.words], **options)
     edits = [count for kind, count in right.items() if kind != "draw"]
-    line = {"rows": args.rows, "steps": args.steps, "scale": args.scale, "right": right,
-            "edits_per_cent": round(100 * sum(edits) / (args.rows * len(edits)), 1),
-            "vae_psnr": round(reconstruction(pipe), 2)}  # fmt: skip
+    line = {
+        "words": args.words,
+        "rows": args.rows,
+        "steps": args.steps,
+        "scale": args.scale or pipe.true_cfg_scale,
+        "right": right,
+        "edits_per_cent": round(100 * sum(edits) / (args.rows * len(edits)), 1),
+        "drift_mean": round(float(np.mean(drifts)), 2),
+        "drift_99": round(float(np.percentile(drifts, 99)), 2),
+        "seconds_each": round((time.time() - start) / sum(args.rows for _ in right), 3),
+        "vae_psnr": round(reconstruction(pipe), 2),
+    }
     print(json.dumps(line))
     if args.out:
         with args.out.open("a") as file:

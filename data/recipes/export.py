@@ -1,6 +1,6 @@
-"""Writes the trained parts as a checkpoint in the released layout, bf16: python data/recipes/export.py data/tiny
+"""Writes the trained parts as a checkpoint in the released layout, bf16: python data/recipes/export.py FOLDER
 
-Needs runs/vae_config.json, runs/vae_decoder.pt (or vae_joint.pt), runs/tokenizer and runs/transformer.pt.
+Needs vae_config.json, vae_decoder.pt (or vae_joint.pt) and transformer_full.pt in runs/.
 """
 
 import json
@@ -55,6 +55,7 @@ MODEL_INDEX = {
     "_class_name": "QwenImageEditPipeline",
     "_diffusers_version": DIFFUSERS,
     "_area": 64 * 64,  # ours: the default working size, in pixels
+    "_true_cfg_scale": 2.0,  # ours: the default guidance, the best of 1 to 5 (see evaluate.py)
     "processor": ["transformers", "Qwen2VLProcessor"],
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
@@ -74,7 +75,7 @@ def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     path.chmod(0o644)
 
 
-def export(folder: Path) -> None:
+def export(folder: Path, runs: Path = Path("runs")) -> None:
     tokenizer = build()
     for name in ("tokenizer", "processor"):
         save(tokenizer, folder / name)
@@ -82,14 +83,14 @@ def export(folder: Path) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / "model_index.json", MODEL_INDEX)
 
-    config = json.loads(Path("runs/vae_config.json").read_text())
+    config = json.loads((runs / "vae_config.json").read_text())
     released = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "dropout": 0.0,
                 "temperal_downsample": [False, True, True]}  # fmt: skip
     config = {"_class_name": AutoencoderKLQwenImage.__name__, "_diffusers_version": DIFFUSERS} | config | released
     write_json(folder / "vae" / "config.json", config)
-    write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", load_vae(decoder=True).state_dict())
+    write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", load_vae(runs, decoder=True).state_dict())
 
-    average = torch.load("runs/transformer.pt", weights_only=True)["average"]
+    average = torch.load(runs / "transformer_full.pt", map_location="cpu", weights_only=True)["average"]
     parts = {"transformer": {}, "text_encoder": {}}
     for name, tensor in average.items():
         component, _, name = name.partition(".")

@@ -1,23 +1,25 @@
 """Trains the tiny checkpoint's text encoder and transformer together: python data/recipes/train_transformer.py --help
 
 Two phases: in the `small` world from nothing, then in the `full` one from the small one's averaged weights.
-Needs runs/vae_joint.pt and runs/vae_config.json (train_vae.py joint) and runs/tokenizer (make_tokenizer.py).
+Needs vae_joint.pt and vae_config.json (train_vae.py joint) and tokenizer/ (make_tokenizer.py) in runs/.
 Drawing from words and editing are mixed: in an edit most tokens are copies and words earn little gradient, in a
-drawing every token depends on them. Writes runs/transformer_PHASE.pt, which resumes, a sheet of pictures beside it
-at every measurement, and a log beside this file.
+drawing every token depends on them. Writes into runs/: transformer_PHASE.pt, which resumes, log_transformer_PHASE.csv
+and, at every measurement, transformer_PHASE.png, a sheet of pictures.
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Log, Run, pictures
+from common import Log, Run, device, pictures
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 from train_vae import build_vae
 
 from minqwen.images import pack_latents, pixels_to_image, unpack_latents
@@ -28,7 +30,8 @@ from minqwen.text_encoder import Qwen2_5_VLTextEncoder, mrope_positions
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vision import rotate
 
-HERE = Path(__file__).parent
+STEPS = {"small": 10800, "full": 5760}  # what the shipped weights took
+RATES = {"small": 2e-3, "full": 1.5e-3}
 WORLDS = {"small": SMALL, "full": WORLD}
 GRID = (1, 4, 4)  # tokens of a 64x64 picture
 TRANSFORMER = {
@@ -119,6 +122,10 @@ class Batch(NamedTuple):
     source: Tensor | None  # (B, 16, 64), None for drawings
     changed: Tensor  # (B, 16) 1 where the instruction changes the picture
 
+    def to(self, device: str) -> "Batch":
+        tokens = tuple(x.to(device) if isinstance(x, Tensor) else x for x in self.tokens)
+        return Batch(tokens, *(None if x is None else x.to(device) for x in self[1:]))
+
 
 def sample_batch(
     rng: np.random.Generator, size: int, draw: bool, world: World, tokenizer, encode, no_caption: float = 0.1
@@ -165,7 +172,7 @@ def encode_prompts(encoder: Qwen2_5_VLTextEncoder, tokens: tuple) -> Tensor:
         here = (ids == encoder.image_token_id)[..., None]
         x = x.masked_scatter(here, encoder.visual(patches, grids))
     first, rest = x[:1, :drop], x[:, drop:]
-    seen = torch.ones(rest.shape[1], ids.shape[1], dtype=torch.bool).tril(diagonal=drop)
+    seen = torch.ones(rest.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril(diagonal=drop)
     for layer in encoder.model.layers:
         q, k, v = _heads(layer, first, angles[:1, :, :drop])
         out_first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -199,9 +206,12 @@ def velocity(net: nn.ModuleDict, batch: Batch, latents: Tensor, sigma: Tensor, t
 
 
 def loss_of(net: nn.ModuleDict, batch: Batch, shift: float, changed_weight: float) -> Tensor:
-    """Flow matching: at a random noise level, how far is the predicted velocity from noise minus picture?"""
-    sigma = time_shift(torch.rand(len(batch.target)), shift)
-    noise = torch.randn_like(batch.target)
+    """Flow matching: at a random noise level, how far is the predicted velocity from noise minus picture?
+
+    Chance is drawn on the CPU, whose state the checkpoints hold: the same on every device.
+    """
+    sigma = time_shift(torch.rand(len(batch.target)), shift).to(batch.target.device)
+    noise = torch.randn(batch.target.shape).to(batch.target.device)
     latents = batch.target + sigma[:, None, None] * (noise - batch.target)
     text = encode_prompts(net["text_encoder"], batch.tokens)
     error = (velocity(net, batch, latents, sigma, text) - (noise - batch.target)).square().mean(-1)  # (B, 16)
@@ -211,7 +221,7 @@ def loss_of(net: nn.ModuleDict, batch: Batch, shift: float, changed_weight: floa
 
 @torch.no_grad()
 def accuracy(
-    net: nn.ModuleDict, vae, world: World, tokenizer, encode, sheet: Path, rows: int = 40, steps: int = 10
+    net: nn.ModuleDict, vae, world: World, tokenizer, encode, sheet: Path, device: str, rows: int = 40, steps: int = 10
 ) -> dict[str, float]:
     """Per cent right by kind, on scenes of seeds that training never uses; 10 steps, no guidance.
 
@@ -227,11 +237,12 @@ def accuracy(
         else:
             tokens = tokenize_prompts(tokenizer, prompts, [[e.source] for e in edits], EDIT)
             batch = Batch(tokens, None, encode(pictures([e.scene for e in edits])), None)
+        batch = batch.to(device)
         text = encode_prompts(net["text_encoder"], batch.tokens)
-        latents = torch.randn(rows, 16, 64, generator=torch.Generator().manual_seed(0))
+        latents = torch.randn(rows, 16, 64, generator=torch.Generator().manual_seed(0)).to(device)
         sigmas = get_sigmas(steps, 16).tolist()
         for sigma, following in zip(sigmas, sigmas[1:], strict=False):
-            v = velocity(net, batch, latents, torch.full((rows,), sigma), text)
+            v = velocity(net, batch, latents, torch.full((rows,), sigma, device=device), text)
             latents = euler_step(latents, v, sigma, following)
         images = to_images(vae, latents)
         right[kind] = 100 * sum(map(judge, images, edits)) / rows
@@ -250,11 +261,12 @@ def to_images(vae, latents: Tensor) -> list:
     return [pixels_to_image(p[None]) for p in pixels]
 
 
-def load_vae(decoder: bool = False):
+def load_vae(runs: Path, decoder: bool = False):
     """The trained autoencoder, frozen; its decoder from the later phase where that has begun."""
-    vae = build_vae(json.loads(Path("runs/vae_config.json").read_text()))
-    path = Path("runs/vae_decoder.pt" if decoder and Path("runs/vae_decoder.pt").exists() else "runs/vae_joint.pt")
-    vae.load_state_dict(torch.load(path, weights_only=True)["vae"])
+    vae = build_vae(json.loads((runs / "vae_config.json").read_text()))
+    later = decoder and (runs / "vae_decoder.pt").exists()
+    state = torch.load(runs / ("vae_decoder.pt" if later else "vae_joint.pt"), map_location="cpu", weights_only=True)
+    vae.load_state_dict(state["vae"])
     return vae.eval().requires_grad_(False)
 
 
@@ -272,41 +284,40 @@ def optimizers(net: nn.ModuleDict, lr: float) -> nn.Module:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    tokenizer, vae = load_tokenizer("runs/tokenizer"), load_vae()
-    net, average = build(tokenizer), build(tokenizer)
+    runs, steps, lr = args.runs, args.steps or STEPS[args.phase], args.lr or RATES[args.phase]
+    tokenizer, vae = load_tokenizer(runs / "tokenizer"), load_vae(runs).to(args.device)
+    net, average = build(tokenizer).to(args.device), build(tokenizer).to(args.device)
     average.load_state_dict(net.state_dict())
     average.requires_grad_(False)
-    opts = optimizers(net, args.lr)
-    world, path = WORLDS[args.phase], Path(f"runs/transformer_{args.phase}.pt")
+    opts = optimizers(net, lr)
+    world, path = WORLDS[args.phase], runs / f"transformer_{args.phase}.pt"
     run = Run(path, {"net": net, "average": average} | opts, rng)
     if not run.resume() and args.phase == "full":
-        start = torch.load("runs/transformer_small.pt", weights_only=True)["average"]
+        start = torch.load(runs / "transformer_small.pt", map_location="cpu", weights_only=True)["average"]
         net.load_state_dict(start)
         average.load_state_dict(start)
     fields = ["minutes", "samples", "loss_edit", "loss_draw", *world.kinds, "draw"]
-    log = Log(HERE / f"log_transformer_{args.phase}.csv", fields)
+    log = Log(runs / f"log_transformer_{args.phase}.csv", fields)
 
-    mode = (
-        torch.compile(lambda x: vae.encode(x).mode(), dynamic=False)
-        if args.compile
-        else (lambda x: vae.encode(x).mode())
-    )
+    mode = lambda x: vae.encode(x).mode()  # noqa: E731
+    mode = torch.compile(mode, dynamic=False) if args.compile else mode
 
     @torch.no_grad()
     def encode(x: Tensor) -> Tensor:
         """Pictures -> packed, normalised latents, in parts of one size (a compiled function knows no other)."""
-        padded = F.pad(x, (0,) * 9 + (-len(x) % 16,))
+        padded = F.pad(x.to(args.device), (0,) * 9 + (-len(x) % 16,))
         latents = torch.cat([mode(part) for part in padded.split(16)])[: len(x)]
         return pack_latents(vae.normalize(latents))
 
-    while run.step < args.steps:
+    bar = tqdm(total=steps, initial=run.step, desc=f"transformer, {args.phase} world", disable=None)
+    while run.step < steps:
         pool, losses = [], {False: [], True: []}
         for _ in range(args.pool):  # each batch is drawn and encoded once, and used `reuse` times with other noise
             pool.append(sample_batch(rng, args.batch, rng.random() < args.draw, world, tokenizer, encode))
         for _ in range(args.reuse):
             for index in rng.permutation(len(pool)):
-                batch = pool[index]
-                rate = args.lr * min(1, (run.step + 1) / 100, max(0.01, (1 - run.step / args.steps) / args.decay))
+                batch = pool[index].to(args.device)
+                rate = lr * min(1, (run.step + 1) / 100, max(0.01, (1 - run.step / steps) / args.decay))
                 for opt in opts.values():
                     opt.param_groups[0]["lr"] = rate
                 loss = loss_of(net, batch, args.shift, args.changed_weight)
@@ -319,21 +330,26 @@ def train(args: argparse.Namespace) -> None:
                 keep = min(args.average, run.step / (run.step + 10))
                 torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - keep)
                 losses[batch.source is None].append(loss.item())
-        # a pool is the unit of resumption: random states are saved only between pools
+                bar.update()
+        # a pool is the unit of resumption: a run that is cut off inside one repeats it, to the same weights
         run.save()
-        means = {"loss_edit": float(np.mean(losses[False])), "loss_draw": float(np.mean(losses[True]))}
-        print(f"step {run.step} of {args.steps}, {run.elapsed() / 60:.1f} min, {means}", flush=True)
-        if (run.step // (args.pool * args.reuse)) % args.check_every == 0 or run.step >= args.steps:
-            right = accuracy(average, load_vae(decoder=True), world, tokenizer, encode, path.with_suffix(".png"))
-            log(minutes=run.elapsed() / 60, samples=run.step * args.batch, **means, **right)
+        means = {f"loss_{k}": float(np.mean(losses[k == "draw"] or [math.nan])) for k in ("edit", "draw")}
+        print(f"step {run.step} of {steps}, {run.elapsed() / 60:.1f} min, {means}", flush=True)
+        pools, right = run.step // (args.pool * args.reuse), {}
+        if args.check_every and (pools % args.check_every == 0 or run.step >= steps):
+            decoder = load_vae(runs, decoder=True).to(args.device)
+            right = accuracy(average, decoder, world, tokenizer, encode, path.with_suffix(".png"), args.device)
+        means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+        log(minutes=run.elapsed() / 60, samples=run.step * args.batch, **means, **right)
+    bar.close()
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=WORLDS)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("phase", choices=STEPS)
+    parser.add_argument("--steps", type=int, help="by default " + ", ".join(f"{k} {v}" for k, v in STEPS.items()))
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, help="by default " + ", ".join(f"{k} {v}" for k, v in RATES.items()))
     parser.add_argument("--decay", type=float, default=0.5, help="the last share of the steps, in which lr falls to 0")
     parser.add_argument("--draw", type=float, default=0.4, help="the share of batches that draw instead of edit")
     parser.add_argument("--shift", type=float, default=3.0, help="pushes training towards high noise")
@@ -341,7 +357,13 @@ if __name__ == "__main__":
     parser.add_argument("--average", type=float, default=0.999, help="moving average of the weights")
     parser.add_argument("--pool", type=int, default=40, help="batches that are encoded at a time")
     parser.add_argument("--reuse", type=int, default=6, help="times that each is used")
-    parser.add_argument("--check-every", type=int, default=3, help="pools between two measurements of accuracy")
+    parser.add_argument("--check-every", type=int, default=4, help="pools between measurements of accuracy, 0: none")
     parser.add_argument("--compile", action="store_true", help="compile the encoder: faster, needs a C++ compiler")
+    parser.add_argument("--device", default=device())
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs")
     parser.add_argument("--seed", type=int, default=0)
-    train(parser.parse_args())
+    return parser
+
+
+if __name__ == "__main__":
+    train(parser().parse_args())

@@ -2,7 +2,7 @@
 
 Two phases. `joint`: encoder and decoder together on crops of drawn scenes, then on whole scenes. `decoder`: the
 encoder is frozen, so latents no longer change and a transformer can be trained on them meanwhile; the decoder goes on.
-Writes runs/vae_joint.pt, runs/vae_decoder.pt and the logs beside this file.
+Writes vae_PHASE.pt, which resumes, and log_vae_PHASE.csv into runs/.
 """
 
 import argparse
@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Log, Run, pictures
+from common import Log, Run, device, pictures
+from tqdm import tqdm
 
 from minqwen.shapes import WORLD, sample_scene
 from minqwen.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock
 
-HERE = Path(__file__).parent
+STEPS = {"joint": 2537, "decoder": 4024}  # what the shipped weights took
 CONFIG = {"base_dim": 16, "z_dim": 16, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
 
 
@@ -45,49 +46,54 @@ def crops(pixels: torch.Tensor, rng: np.random.Generator, size: int = 32) -> tor
 
 def psnr(vae: AutoencoderKLQwenImage) -> float:
     """Decibels of the mean squared error over 128 pictures that training never sees."""
-    x = pictures(scenes(np.random.default_rng(10**6), 128))
+    x = pictures(scenes(np.random.default_rng(10**6), 128)).to(vae.quant_conv.weight.device)
     with torch.no_grad():
         error = (vae.decode(vae.encode(x).mode()) - x).div(2).square().mean()
     return -10 * torch.log10(error).item()
 
 
-def train(phase: str, minutes: float, batch: int, lr: float, compile: bool, seed: int = 0) -> None:
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed + (phase == "decoder"))
-    vae = build_vae()
+def train(args: argparse.Namespace) -> None:
+    phase, lr, runs = args.phase, args.lr, args.runs
+    steps = args.steps or STEPS[phase]
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed + (phase == "decoder"))
+    vae = build_vae().to(args.device)
     if phase == "decoder":
-        vae.load_state_dict(torch.load("runs/vae_joint.pt", weights_only=True)["vae"])
+        vae.load_state_dict(torch.load(runs / "vae_joint.pt", map_location="cpu", weights_only=True)["vae"])
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [p for p in vae.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99), weight_decay=0
     )
-    run = Run(Path(f"runs/vae_{phase}.pt"), {"vae": vae, "optimizer": optimizer}, rng)
+    run = Run(runs / f"vae_{phase}.pt", {"vae": vae, "optimizer": optimizer}, rng)
     run.resume()
-    log = Log(HERE / f"log_vae_{phase}.csv", ["minutes", "step", "loss", "psnr"])
-    reconstruct = torch.compile(_reconstruct, dynamic=False) if compile else _reconstruct
+    log = Log(runs / f"log_vae_{phase}.csv", ["minutes", "step", "loss", "psnr"])
+    reconstruct = torch.compile(_reconstruct, dynamic=False) if args.compile else _reconstruct
 
-    while (done := run.elapsed() / 60 / minutes) < 1:
+    bar = tqdm(total=steps, initial=run.step, desc=f"autoencoder, {phase}", disable=None)
+    while run.step < steps:
+        done = run.step / steps
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (run.step + 1) / 100, 2 * (1 - done))
-        x = pictures(scenes(rng, batch))
-        if done < 0.75:  # crops for three quarters of the time: four times as many pictures
+        x = pictures(scenes(rng, args.batch))
+        if done < 0.75:  # crops, a quarter of a picture each, for three quarters of the steps
             x = crops(x, rng)
         elif run.step % 4:
-            x = x[: batch // 4]
+            x = x[: args.batch // 4]
+        x = x.to(args.device)
         loss = reconstruct(vae, x)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         run.step += 1
-        if run.step % 250 == 0:
+        bar.update()
+        if run.step % args.save_every == 0 or run.step == steps:
             run.save()
             log(minutes=run.elapsed() / 60, step=run.step, loss=loss.item(), psnr=psnr(vae))
-    run.save()
-    log(minutes=run.elapsed() / 60, step=run.step, loss=loss.item(), psnr=psnr(vae))
+    bar.close()
     if phase == "joint":
-        write_statistics(vae)
+        write_statistics(vae, runs)
 
 
 def _reconstruct(vae: AutoencoderKLQwenImage, x: torch.Tensor) -> torch.Tensor:
@@ -97,23 +103,31 @@ def _reconstruct(vae: AutoencoderKLQwenImage, x: torch.Tensor) -> torch.Tensor:
     return F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-4 * kl
 
 
-def write_statistics(vae: AutoencoderKLQwenImage) -> None:
+def write_statistics(vae: AutoencoderKLQwenImage, runs: Path) -> None:
     """The mean and deviation of each latent channel over 2048 pictures, as the released config has them."""
+    x = torch.cat([pictures(scenes(np.random.default_rng(k), 128)) for k in range(16)])
     with torch.no_grad():
-        z = torch.cat([vae.encode(pictures(scenes(np.random.default_rng(k), 128))).mode() for k in range(16)])
+        z = torch.cat([vae.encode(part.to(vae.quant_conv.weight.device)).mode() for part in x.split(128)])
     config = CONFIG | {
         "latents_mean": [round(v, 4) for v in z.mean((0, 2, 3, 4)).tolist()],
         "latents_std": [round(v, 4) for v in z.std((0, 2, 3, 4)).tolist()],
     }
-    Path("runs/vae_config.json").write_text(json.dumps(config, indent=2))
+    (runs / "vae_config.json").write_text(json.dumps(config, indent=2))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=STEPS)
+    parser.add_argument("--steps", type=int, help="by default " + ", ".join(f"{k} {v}" for k, v in STEPS.items()))
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--lr", type=float, default=2.5e-3)
+    parser.add_argument("--save-every", type=int, default=250, help="steps between two checkpoints")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: twice as fast, needs a C++ compiler")
+    parser.add_argument("--device", default=device())
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=["joint", "decoder"])
-    parser.add_argument("--minutes", type=float, default=7)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2.5e-3)
-    parser.add_argument("--compile", action="store_true", help="torch.compile: twice as fast, needs a C++ compiler")
-    args = parser.parse_args()
-    train(args.phase, args.minutes, args.batch, args.lr, args.compile)
+    train(parser().parse_args())

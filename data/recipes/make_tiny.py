@@ -1,0 +1,85 @@
+"""Makes the tiny checkpoint from nothing: make tiny, or python data/recipes/make_tiny.py --help
+
+Tokenizer, autoencoder (two phases), text encoder and transformer (two phases), export. It can be stopped at any
+moment and started again: what is done is not done twice, and the weights come out the same.
+"""
+
+import argparse
+import contextlib
+import io
+import tempfile
+import time
+from pathlib import Path
+
+import make_tokenizer
+import train_transformer
+import train_vae
+from common import device
+from export import export
+
+PHASES = [
+    (train_vae, "joint"),
+    (train_vae, "decoder"),
+    (train_transformer, "small"),
+    (train_transformer, "full"),
+]
+
+
+def arguments(module, phase: str, steps: int, runs: Path, args: argparse.Namespace, *more: str) -> argparse.Namespace:
+    words = [phase, "--steps", str(steps), "--runs", str(runs), "--device", args.device, *more]
+    return module.parser().parse_args(words + (["--compile"] if args.compile else []))
+
+
+def rehearse(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds a step of each phase on this machine, from a few steps in a folder that is thrown away."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder)
+        make_tokenizer.save(make_tokenizer.build(), runs / "tokenizer")
+        for module, phase in PHASES:
+            more = ["--pool", "1", "--check-every", "0"] if module is train_transformer else []
+            for steps in (2, 8):  # the first steps are slow, so only the later ones count
+                start = time.time()
+                with contextlib.redirect_stdout(io.StringIO()):
+                    module.train(arguments(module, phase, steps, runs, args, *more))
+            seconds[phase] = (time.time() - start) / 6
+    return seconds
+
+
+def make(args: argparse.Namespace) -> None:
+    steps = {phase: max(1, round(module.STEPS[phase] * args.share)) for module, phase in PHASES}
+    if not args.no_estimate:
+        print("Trying each phase for a few steps, to say how long the whole will take.", flush=True)
+        seconds = rehearse(args)
+        hours = {phase: steps[phase] * seconds[phase] / 3600 for phase in steps}
+        parts = ", ".join(f"{phase} {60 * h:.1f}" for phase, h in hours.items())
+        total = sum(hours.values())
+        print(f"About {60 * total:.0f} minutes on this machine ({args.device}), alone on it: {parts}.", flush=True)
+    make_tokenizer.save(make_tokenizer.build(), args.runs / "tokenizer")
+    for module, phase in PHASES:
+        if (done := args.runs / f"{phase}.done").exists():
+            print(f"{phase}: done before", flush=True)
+            continue
+        more = []
+        if args.share < 0.1 and module is train_transformer:
+            more = ["--pool", "2", "--check-every", "0"]
+        module.train(arguments(module, phase, steps[phase], args.runs, args, *more))
+        done.touch()
+    export(args.out, args.runs)
+    print(f"Wrote {args.out}; the logs are in {args.runs}.")
+    print(f"Count what it gets right: python data/recipes/evaluate.py {args.out}")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="where the checkpoint goes")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the full recipe's steps: 0.003 is a trial")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of unfinished work and logs")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
+    parser.add_argument("--no-estimate", action="store_true", help="begin at once")
+    parser.add_argument("--device", default=device())
+    return parser
+
+
+if __name__ == "__main__":
+    make(parser().parse_args())

@@ -1,0 +1,105 @@
+"""`make tiny` works from nothing, with a small budget; a run that is cut off ends in the same weights."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from minqwen.pipeline import QwenImagePipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "data" / "recipes"))
+
+import make_tiny  # noqa: E402
+import make_tokenizer  # noqa: E402
+import train_transformer  # noqa: E402
+import train_vae  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A checkpoint from nothing, with a five-hundredth of the recipe's steps."""
+    folder = tmp_path_factory.mktemp("tiny")
+    words = ["--share", "0.002", "--runs", str(folder), "--out", str(folder / "tiny"), "--device", "cpu"]
+    make_tiny.make(make_tiny.parser().parse_args([*words, "--no-estimate"]))
+    return folder
+
+
+def test_make_tiny_writes_a_checkpoint_that_opens(made):
+    theirs, ours = (
+        {str(path.relative_to(folder)) for path in folder.rglob("*.*")} - {"README.md", "curves.png"}
+        for folder in (ROOT / "data" / "tiny", made / "tiny")
+    )
+    assert ours == theirs
+    for path in (made / "tiny").rglob("*.safetensors"):
+        with safe_open(path, "pt") as new, safe_open(ROOT / "data/tiny" / path.relative_to(made / "tiny"), "pt") as old:
+            assert {k: new.get_slice(k).get_shape() for k in new.keys()} == {
+                k: old.get_slice(k).get_shape() for k in old.keys()
+            }
+            assert all(new.get_tensor(name).isfinite().all() for name in new.keys())
+    pipe = QwenImagePipeline.from_pretrained(made / "tiny", device="cpu")
+    assert pipe.generate("a red star", num_inference_steps=2, progress=False).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("log", "column"),
+    [("vae_joint", "loss"), ("transformer_small", "loss_edit"), ("transformer_full", "loss_edit")],
+)
+def test_the_loss_falls(made, log, column):
+    with (made / f"log_{log}.csv").open() as file:
+        losses = [float(row[column]) for row in csv.DictReader(file) if row[column]]
+    untrained = {"vae_joint": 1.1, "transformer_small": 2.0, "transformer_full": 2.0}[log]
+    assert losses[-1] < 0.95 * untrained and losses[-1] <= losses[0]
+
+
+def test_make_tiny_goes_on_where_it_was_cut_off(made, capsys):
+    words = ["--share", "0.002", "--runs", str(made), "--out", str(made / "again"), "--device", "cpu", "--no-estimate"]
+    make_tiny.make(make_tiny.parser().parse_args(words))
+    assert capsys.readouterr().out.count("done before") == 4
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    assert (made / "again" / name).read_bytes() == (made / "tiny" / name).read_bytes()
+
+
+CASES = {
+    "autoencoder": (train_vae, "joint", ["--steps", "5", "--batch", "4", "--save-every", "2"], "vae_joint.pt", "vae"),
+    "transformer": (
+        train_transformer,
+        "small",
+        ["--steps", "12", "--batch", "4", "--pool", "2", "--reuse", "2", "--check-every", "0"],
+        "transformer_small.pt",
+        "average",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_is_killed_anywhere_ends_in_the_same_weights(made, tmp_path, monkeypatch, case):
+    module, phase, options, file, key = CASES[case]
+
+    def train(folder: Path) -> dict[str, torch.Tensor]:
+        if not folder.exists():
+            make_tokenizer.save(make_tokenizer.build(), folder / "tokenizer")
+            for name in ("vae_joint.pt", "vae_config.json") if module is train_transformer else ():
+                (folder / name).write_bytes((made / name).read_bytes())
+        module.train(module.parser().parse_args([phase, *options, "--runs", str(folder), "--device", "cpu"]))
+        return torch.load(folder / file, weights_only=True)[key]
+
+    whole, clip, calls = train(tmp_path / "whole"), torch.nn.utils.clip_grad_norm_, []
+
+    def dies_now_and_then(*args):
+        calls.append(1)
+        if len(calls) in (3, 9):
+            raise KeyboardInterrupt
+        return clip(*args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", dies_now_and_then)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut")
+    if case == "transformer":  # a second time
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "cut")
+    cut = train(tmp_path / "cut")
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
