@@ -23,7 +23,7 @@ import train_vae  # noqa: E402
 def made(tmp_path_factory) -> Path:
     """A checkpoint from nothing, with a five-hundredth of the recipe's steps."""
     folder = tmp_path_factory.mktemp("tiny")
-    words = ["--share", "0.002", "--runs", str(folder), "--out", str(folder / "tiny"), "--device", "cpu"]
+    words = ["--share", "0.004", "--runs", str(folder), "--out", str(folder / "tiny"), "--device", "cpu"]
     make_tiny.make(make_tiny.parser().parse_args([*words, "--no-estimate"]))
     return folder
 
@@ -56,7 +56,7 @@ def test_the_loss_falls(made, log, column):
 
 
 def test_make_tiny_goes_on_where_it_was_cut_off(made, capsys):
-    words = ["--share", "0.002", "--runs", str(made), "--out", str(made / "again"), "--device", "cpu", "--no-estimate"]
+    words = ["--share", "0.004", "--runs", str(made), "--out", str(made / "again"), "--device", "cpu", "--no-estimate"]
     make_tiny.make(make_tiny.parser().parse_args(words))
     assert capsys.readouterr().out.count("done before") == 4
     name = "transformer/diffusion_pytorch_model.safetensors"
