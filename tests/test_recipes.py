@@ -21,7 +21,7 @@ import train_vae  # noqa: E402
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A checkpoint from nothing, with a five-hundredth of the recipe's steps."""
+    """A checkpoint from nothing, with four thousandths of the recipe's steps."""
     folder = tmp_path_factory.mktemp("tiny")
     words = ["--share", "0.004", "--runs", str(folder), "--out", str(folder / "tiny"), "--device", "cpu"]
     make_tiny.make(make_tiny.parser().parse_args([*words, "--no-estimate"]))
@@ -52,7 +52,7 @@ def test_the_loss_falls(made, log, column):
     with (made / f"log_{log}.csv").open() as file:
         losses = [float(row[column]) for row in csv.DictReader(file) if row[column]]
     untrained = {"vae_joint": 1.1, "transformer_small": 2.0, "transformer_full": 2.0}[log]
-    assert losses[-1] < 0.95 * untrained and losses[-1] <= losses[0]
+    assert losses[-1] < 0.9 * untrained
 
 
 def test_make_tiny_goes_on_where_it_was_cut_off(made, capsys):
