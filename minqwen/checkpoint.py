@@ -39,6 +39,7 @@ class Checkpoint:
 
     def __init__(self, source: str | os.PathLike, revision: str | None = None):
         self.source, self.revision = str(source), revision
+        self.fetched = 0  # bytes read by ranges so far
         self.folder = Path(source) if self.source and Path(source).is_dir() else None
         if self.folder is None and (Path(source).exists() or not _looks_like_repo(self.source)):
             raise FileNotFoundError(
@@ -242,6 +243,7 @@ class Checkpoint:
                 f"{url} answered HTTP {status} ({got or 'no range'}) with {len(data)} bytes to a request for {asked}: "
                 "the server does not serve byte ranges, or the file is cut off"
             )
+        self.fetched += len(data)
         return data
 
 

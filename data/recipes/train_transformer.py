@@ -25,7 +25,7 @@ from train_vae import build_vae
 from minqwen.images import pack_latents, pixels_to_image, unpack_latents
 from minqwen.prompt import EDIT, T2I, load_tokenizer, tokenize_prompts
 from minqwen.sampling import euler_step, get_sigmas, time_shift
-from minqwen.shapes import SMALL, WORLD, Edit, World, judge, sample_drawing, sample_edit
+from minqwen.shapes import SMALL, WORLD, Edit, World, judge, pick, sample_drawing, sample_edit
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder, mrope_positions
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vision import rotate
@@ -33,6 +33,8 @@ from minqwen.vision import rotate
 STEPS = {"small": 10800, "full": 5760}  # what the shipped weights took
 RATES = {"small": 2e-3, "full": 1.5e-3}
 WORLDS = {"small": SMALL, "full": WORLD}
+DRAWN = {"small": 0.4, "full": 0.25}  # the share of batches that draw instead of edit
+HARD = {"swap": 3, "recolour": 2, "shape": 2}  # in the full world these come two or three times as often as the rest
 GRID = (1, 4, 4)  # tokens of a 64x64 picture
 TRANSFORMER = {
     "attention_head_dim": 32,
@@ -130,7 +132,8 @@ class Batch(NamedTuple):
 def sample_batch(
     rng: np.random.Generator, size: int, draw: bool, world: World, tokenizer, encode, no_caption: float = 0.1
 ) -> Batch:
-    edits = [sample_drawing(rng, world) if draw else sample_edit(rng, world=world) for _ in range(size)]
+    kinds = [kind for kind in world.kinds for _ in range(HARD.get(kind, 1) if world == WORLD else 1)]
+    edits = [sample_drawing(rng, world) if draw else sample_edit(rng, pick(rng, kinds), world) for _ in range(size)]
     dropped = rng.random(size) < no_caption
     words = [chatty(rng, e.instruction) if world == WORLD else e.instruction for e in edits]
     prompts = [" " if drop else text for text, drop in zip(words, dropped, strict=True)]
@@ -290,6 +293,7 @@ def train(args: argparse.Namespace) -> None:
     average.load_state_dict(net.state_dict())
     average.requires_grad_(False)
     opts = optimizers(net, lr)
+    drawn = DRAWN[args.phase] if args.draw is None else args.draw
     world, path = WORLDS[args.phase], runs / f"transformer_{args.phase}.pt"
     run = Run(path, {"net": net, "average": average} | opts, rng)
     if not run.resume() and args.phase == "full":
@@ -313,7 +317,7 @@ def train(args: argparse.Namespace) -> None:
     while run.step < steps:
         pool, losses = [], {False: [], True: []}
         for _ in range(args.pool):  # each batch is drawn and encoded once, and used `reuse` times with other noise
-            pool.append(sample_batch(rng, args.batch, rng.random() < args.draw, world, tokenizer, encode))
+            pool.append(sample_batch(rng, args.batch, rng.random() < drawn, world, tokenizer, encode))
         for _ in range(args.reuse):
             for index in rng.permutation(len(pool)):
                 batch = pool[index].to(args.device)
@@ -351,7 +355,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, help="by default " + ", ".join(f"{k} {v}" for k, v in RATES.items()))
     parser.add_argument("--decay", type=float, default=0.5, help="the last share of the steps, in which lr falls to 0")
-    parser.add_argument("--draw", type=float, default=0.4, help="the share of batches that draw instead of edit")
+    parser.add_argument(
+        "--draw",
+        type=float,
+        help="the share of batches that draw: by default " + ", ".join(f"{k} {v}" for k, v in DRAWN.items()),
+    )
     parser.add_argument("--shift", type=float, default=3.0, help="pushes training towards high noise")
     parser.add_argument("--changed-weight", type=float, default=3.0, help="loss weight of tokens that an edit changes")
     parser.add_argument("--average", type=float, default=0.999, help="moving average of the weights")

@@ -1,0 +1,135 @@
+"""What the checks of all chapters share: one line in an exercise asks, compares and says which mistake it is.
+
+A check tries random shapes and compares with an answer of its own, never with the reader's; it refuses the
+library's own code handed in; it says "not attempted yet" of an empty stub; a wrong answer raises `Wrong`.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).resolve().parents[2] / "minqwen"
+STATES: dict[str, dict[str, str]] = {}  # module of checks -> exercise -> "open", "done" or "skipped"
+
+
+class Wrong(AssertionError):
+    """An answer that is not right; the message says how."""
+
+
+class Skipped(Exception):
+    """This exercise needs what is not here; the message says what."""
+
+
+def exercise(number: str):
+    """Makes a check of a function that raises `Wrong` on a wrong answer, and returns nothing or a remark."""
+
+    def decorate(function):
+        states = STATES.setdefault(function.__module__, {})
+        states[number] = "open"
+
+        @functools.wraps(function)
+        def check(*answers):
+            states[number] = "open"
+            try:
+                if any(answer is None for answer in answers):
+                    raise NotImplementedError
+                remark = function(*answers)
+            except NotImplementedError:
+                print(f"{number}: not attempted yet")
+            except Skipped as reason:
+                states[number] = "skipped"
+                print(f"{number}: skipped, {reason}")
+            except Wrong as wrong:
+                raise Wrong(f"{number}: {wrong}") from None
+            else:
+                states[number] = "done"
+                print(f"{number}: right. {remark or ''}".strip())
+
+        check.number = number
+        return check
+
+    return decorate
+
+
+def ask(answer, *args, library: str | None = None, **kwargs):
+    """Call the reader's function, class or module, refusing code of the library's file `library` ("timestep.py")."""
+    file = str(LIBRARY / library) if library else None
+
+    def watch(frame, event, _):
+        if event == "call" and frame.f_code.co_filename == file:
+            raise Wrong(f"this calls minqwen/{library}: write it yourself")
+
+    before = sys.getprofile()
+    sys.setprofile(watch if file else before)
+    try:
+        return answer(*args, **kwargs)
+    except (NotImplementedError, Wrong, Skipped):
+        raise
+    except Exception as error:
+        sizes = ", ".join(str(tuple(a.shape)) if isinstance(a, torch.Tensor) else repr(a)[:60] for a in args)
+        raise Wrong(f"your code raised {type(error).__name__}: {error} (called with {sizes})") from error
+    finally:
+        sys.setprofile(before)
+
+
+def expect(got, want, wrong: dict | None = None, tolerance: float = 1e-5, where: str = "") -> None:
+    """Raise `Wrong` unless got equals want: which mistake it is, or else the first place where they differ.
+
+    got, want: tensors, numbers, strings or tuples of them. wrong: diagnosis -> what that mistake gives.
+    """
+    where = f" ({where})" if where else ""
+    if _equal(got, want, tolerance):
+        return
+    for diagnosis, value in (wrong or {}).items():
+        if _equal(got, value, tolerance):
+            raise Wrong(f"{diagnosis}{where}")
+    if isinstance(want, tuple | list):
+        if not isinstance(got, tuple | list) or len(got) != len(want):
+            raise Wrong(f"expected {len(want)} results, got {_short(got)}{where}")
+        for number, pair in enumerate(zip(got, want, strict=True), 1):
+            expect(*pair, None, tolerance, f"result {number}{where}")
+    if not isinstance(want, torch.Tensor):
+        raise Wrong(f"{_short(got)} is not right{where}")
+    if not isinstance(got, torch.Tensor):
+        raise Wrong(f"expected a tensor of shape {tuple(want.shape)}, got {_short(got)}{where}")
+    if got.shape != want.shape:
+        raise Wrong(f"expected the shape {tuple(want.shape)}, got {tuple(got.shape)}{where}")
+    apart = (got.double() - want.double()).abs().nan_to_num(nan=float("inf"))
+    place = tuple(int(i[0]) for i in torch.where(apart > tolerance))
+    raise Wrong(
+        f"{int((apart > tolerance).sum())} of {want.numel()} numbers differ; the first at {list(place)}: "
+        f"yours {got[place].item():.6g}, expected {want[place].item():.6g}{where}"
+    )
+
+
+def _equal(got, want, tolerance: float) -> bool:
+    if isinstance(want, tuple | list):
+        fits = isinstance(got, tuple | list) and len(got) == len(want)
+        return fits and all(_equal(g, w, tolerance) for g, w in zip(got, want, strict=True))
+    if isinstance(want, str | bool) or want is None:
+        return type(got) is type(want) and (
+            got.strip().lower() == want.lower() if isinstance(want, str) else got == want
+        )
+    if isinstance(want, torch.Tensor):
+        if not isinstance(got, torch.Tensor) or got.shape != want.shape:
+            return False
+        return bool(((got.double() - want.double()).abs() <= tolerance).all())
+    got = got.item() if isinstance(got, torch.Tensor) and got.numel() == 1 else got
+    return isinstance(got, int | float) and not isinstance(got, bool) and abs(got - want) <= tolerance
+
+
+def _short(value) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
+
+
+def report(checks) -> None:
+    """Done, open, skipped: of all exercises of a chapter's module of checks."""
+    states = STATES[checks.__name__]
+    names = {state: [n for n, s in states.items() if s == state] for state in ("done", "open", "skipped")}
+    print(
+        "; ".join(
+            f"{state} {len(found)}" + (f" ({', '.join(found)})" if found else "") for state, found in names.items()
+        )
+    )

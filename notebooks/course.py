@@ -1,0 +1,117 @@
+"""What every chapter starts and ends with: where things lie, which tier runs, one style of figures, the ledger."""
+
+import os
+import platform
+import random
+import resource
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "data" / "tiny"
+TIER = os.environ.get("MINQWEN_TIER", "tiny")  # "slice" and "full" open the released weights
+MODEL = TINY if TIER == "tiny" else os.environ.get("MINQWEN_MODEL", "Qwen/Qwen-Image-Edit")
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+BLUE, GREEN, RED, GREY, ORANGE = "#3b76af", "#4f9a5b", "#c0504d", "#8a8a8a", "#d98b30"  # image, text, time, rest, marks
+_STARTED = time.time()
+
+
+def start(seed: int = 0) -> None:
+    """Seeds every generator, sets the style of figures, prints what this run runs on."""
+    if TIER not in ("tiny", "slice", "full"):
+        raise ValueError(f"MINQWEN_TIER is {TIER!r}: expected tiny, slice or full")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    plt.rcParams |= {
+        "figure.facecolor": "white",  # readable on a dark page too
+        "figure.constrained_layout.use": True,
+        "figure.dpi": 80,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.labelsize": 9,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "image.interpolation": "nearest",
+    }
+    print(f"tier {TIER} | {DEVICE} | Python {platform.python_version()} | PyTorch {torch.__version__.split('+')[0]}")
+
+
+def ledger(checkpoint=None) -> None:
+    """What this run took: seconds, memory, what was read over the network (of the chapter's Checkpoint), on what."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    line = [f"tier {TIER}", f"{time.time() - _STARTED:.0f} s", f"{peak:.2f} GB peak memory"]
+    if torch.cuda.is_available():
+        line.append(f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB peak GPU memory, {torch.cuda.get_device_name()}")
+    line.append(f"{getattr(checkpoint, 'fetched', 0) / 1e6:.1f} MB read over the network")
+    line.append(f"{torch.get_num_threads()} threads, {platform.machine()}")
+    print(" | ".join(line))
+
+
+def show(pictures, titles=None, size: float = 1.9, rows: int = 1):
+    """Pictures (PIL images or arrays) side by side, small ones enlarged without smoothing."""
+    columns = -(-len(pictures) // rows)
+    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, (size + 0.45) * rows), squeeze=False)
+    for axis, picture, title in zip(axes.flat, pictures, titles or [""] * len(pictures), strict=False):
+        axis.imshow(picture, cmap="gray")
+        axis.set_title(title)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    plt.show()
+
+
+def flow(boxes: dict, arrows: list, size=(10, 4), here: str | None = None):
+    """A flow chart. boxes: name -> (x, y, title, detail, colour) in a plane of units of one box; arrows: name pairs."""
+    figure, axis = plt.subplots(figsize=size)
+    width, height = 0.86, 0.62
+    for name, (x, y, title, detail, colour) in boxes.items():
+        edge, line = (RED, 3) if name == here else ("#444444", 1)
+        shape = plt.Rectangle((x - width / 2, y - height / 2), width, height, facecolor=colour, edgecolor=edge, lw=line)
+        axis.add_patch(shape)
+        axis.text(x, y + (0.13 if detail else 0), title, ha="center", va="center", fontsize=9, weight="bold")
+        axis.text(x, y - 0.13, detail, ha="center", va="center", fontsize=8)
+    for a, b in arrows:
+        (ax, ay), (bx, by) = boxes[a][:2], boxes[b][:2]
+        across = (
+            abs(bx - ax) * size[0] >= abs(by - ay) * size[0] * 0.8 and ay == by or abs(bx - ax) > abs(by - ay) * 1.5
+        )
+        if across:
+            ends = (ax + np.sign(bx - ax) * width / 2, ay), (bx - np.sign(bx - ax) * width / 2, by)
+        else:
+            ends = (ax, ay + np.sign(by - ay) * height / 2), (bx, by - np.sign(by - ay) * height / 2)
+        axis.annotate("", xy=ends[1], xytext=ends[0], arrowprops={"arrowstyle": "->", "color": "#444444", "lw": 1.2})
+    xs, ys = [b[0] for b in boxes.values()], [b[1] for b in boxes.values()]
+    axis.set(xlim=(min(xs) - 0.5, max(xs) + 0.5), ylim=(min(ys) - 0.4, max(ys) + 0.4))
+    axis.axis("off")
+    plt.show()
+
+
+def model_map(here: str) -> None:
+    """The files of the model in the order in which data pass through them, with the chapter's own framed in red."""
+    text, picture, core = "#dcefdc", "#dceaf7", "#f9dede"
+    boxes = {
+        "prompt": (0, 2, "prompt", "chapter 07", text),
+        "text_encoder": (1, 2, "text_encoder", "vision, chapter 07", text),
+        "vae": (0, 1, "vae", "encode, chapter 06", picture),
+        "images": (1, 1, "images", "pack, chapter 06", picture),
+        "sampling": (0, 0, "sampling", "chapter 09", core),
+        "timestep": (1, 0, "timestep", "chapter 01", core),
+        "rope": (2, 2, "rope", "chapter 02", core),
+        "attention": (3, 2, "attention", "chapter 03", core),
+        "transformer": (2, 1, "transformer", "chapter 05", core),
+        "block": (3, 1, "block", "chapter 04", core),
+        "decode": (4, 1, "vae", "decode, chapter 06", picture),
+    }
+    arrows = [("prompt", "text_encoder"), ("text_encoder", "transformer"), ("vae", "images"), ("images", "transformer")]
+    arrows += [("sampling", "timestep"), ("timestep", "transformer"), ("rope", "attention"), ("attention", "block")]
+    arrows += [("transformer", "block"), ("block", "decode")]
+    flow(boxes, arrows, size=(9.5, 3.4), here=here)

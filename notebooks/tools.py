@@ -1,0 +1,123 @@
+"""Keeps the notebooks and the library the same: python notebooks/tools.py [--check]
+
+Writes the definitions of the library into the chapters' cells that begin with "# minqwen/FILE.py: NAME, NAME", and the
+exercises, which are the solutions without what stands between "# solution" and "# end". With --check it changes
+nothing, says what is out of date, and ends with 1 if anything is.
+"""
+
+import argparse
+import ast
+import copy
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+
+HERE = Path(__file__).resolve().parent
+LIBRARY = HERE.parent / "minqwen"
+SHOWN = {"01": ["timestep"], "02": ["rope"], "03": ["attention"], "04": ["block"], "05": ["transformer"]}
+HEAD = re.compile(r"# minqwen/(\w+)\.py: ([\w, ]+)\n?")
+REGION = re.compile(r"^(?P<indent>[ ]*)# solution\n(?:.*\n)*?[ ]*# end$", re.MULTILINE)
+
+
+def definitions(path: Path) -> dict[str, str]:
+    """What a file of the library defines at its top level, in order: name -> source without docstrings."""
+    source = path.read_text(encoding="utf-8")
+    lines, drop, found = source.splitlines(), set(), {}
+    for node in ast.walk(tree := ast.parse(source)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            drop |= set(range(node.body[0].lineno - 1, node.body[0].end_lineno))
+            if not lines[node.body[0].end_lineno].strip():
+                drop.add(node.body[0].end_lineno)
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            first, names = min([node.lineno, *(d.lineno for d in node.decorator_list)]), [node.name]
+        elif isinstance(node, ast.Assign):
+            first, names = node.lineno, [target.id for target in node.targets]
+        else:
+            continue
+        text = "\n".join(lines[k] for k in range(first - 1, node.end_lineno) if k not in drop)
+        found |= dict.fromkeys(names, text)
+    return found
+
+
+def cell_text(head: re.Match, library: Path = LIBRARY) -> str:
+    """What a cell with this first line must hold. Raises KeyError for a definition that is not there."""
+    there = definitions(library / f"{head[1]}.py")
+    names = [name.strip() for name in head[2].split(",")]
+    if unknown := [name for name in names if name not in there]:
+        raise KeyError(f"minqwen/{head[1]}.py defines no {', '.join(unknown)}")
+    gap = lambda name: "\n\n\n" if "\n" in there[name] else "\n"  # noqa: E731
+    return f"# minqwen/{head[1]}.py: {', '.join(names)}" + "".join(
+        ("\n" if k == 0 else gap(name)) + there[name] for k, name in enumerate(names)
+    )
+
+
+def sync(notebook, chapter: str, library: Path = LIBRARY) -> tuple[object, list[str]]:
+    """A chapter with the library's definitions, and what was out of date in it: drift, orphans, what is not shown."""
+    notebook, faults, seen = copy.deepcopy(notebook), [], {}
+    for cell in notebook.cells:
+        head = HEAD.match(cell.source) if cell.cell_type == "code" else None
+        if not head:
+            continue
+        try:
+            text = cell_text(head, library)
+        except (KeyError, FileNotFoundError) as error:
+            faults.append(f"orphan: {error}")
+            continue
+        if cell.source != text:
+            faults.append(f"drift: {head[0].strip()}")
+            cell.source = text
+        seen.setdefault(head[1], []).extend(name.strip() for name in head[2].split(","))
+    for file in SHOWN.get(chapter, ()):
+        missing = [name for name in definitions(library / f"{file}.py") if name not in seen.get(file, ())]
+        faults += [f"not shown: {name} of minqwen/{file}.py" for name in missing]
+        faults += [f"shown twice: {name}" for name in set(seen.get(file, ())) if seen[file].count(name) > 1]
+    return notebook, faults
+
+
+def stubs(solutions):
+    """The exercises of a notebook of solutions: marked regions and outputs removed."""
+    notebook = copy.deepcopy(solutions)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.source = REGION.sub(_empty, cell.source)
+            cell.outputs, cell.execution_count = [], None
+            cell.metadata.pop("execution", None)
+        else:
+            cell.source = re.sub(r" · solutions$", " · exercises", cell.source, flags=re.MULTILINE)
+    return notebook
+
+
+def _empty(region: re.Match) -> str:
+    indent = region["indent"]
+    return f"{indent}raise NotImplementedError  # your code here" if indent else "# your code here"
+
+
+def read(path: Path):
+    return nbformat.read(path, as_version=4)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say what is out of date")
+    check, late = parser.parse_args().check, []
+    for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
+        notebook, faults = sync(read(path), path.name[:2])
+        late += [f"{path.name}: {fault}" for fault in faults]
+        if faults and not check:
+            nbformat.write(notebook, path)
+    for path in sorted((HERE / "solutions").glob("*.ipynb")):
+        target, wanted = HERE / "exercises" / path.name, stubs(read(path))
+        if not target.exists() or read(target) != wanted:
+            late.append(f"exercises/{path.name}: not those of its solutions")
+            if not check:
+                nbformat.write(wanted, target)
+    print("\n".join(late) if late else "Library, chapters, exercises and solutions agree.")
+    stays = [fault for fault in late if not fault.split(": ")[1].startswith(("drift", "not those"))]
+    return 1 if (late if check else stays) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
