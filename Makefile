@@ -22,7 +22,7 @@ help:
 	@echo "make lab     set everything up and open the first notebook in JupyterLab"
 	@echo "make test    set everything up, then run the style check, the tests and all notebooks"
 	@echo "make bench   set everything up, then measure speed against diffusers"
-	@echo "make notebooks  set everything up, then run every notebook in place and keep its outputs"
+	@echo "make notebooks  set everything up, bring notebooks up to date with the library, run them, keep their outputs"
 	@echo "make tiny    set everything up, then train the tiny checkpoint from nothing into runs/tiny"
 	@echo "make clean   remove .venv and the caches"
 	@echo
@@ -57,8 +57,9 @@ bench: setup-test
 	@$(PY) -m pytest tests/benchmarks -o python_files='bench_*.py' -s $(TEST_ARGS)
 
 notebooks: setup-test
-	@echo "Running every notebook in place, so that its committed outputs are those of today."
-	@$(PY) -m jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace notebooks/*.ipynb
+	@echo "Bringing the chapters' definitions and the exercises up to date, then running chapters and solutions in place."
+	@$(PY) notebooks/tools.py
+	@$(PY) -m jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace notebooks/*.ipynb notebooks/solutions/*.ipynb
 
 tiny: setup
 	@$(PY) data/recipes/make_tiny.py $(TINY_ARGS)

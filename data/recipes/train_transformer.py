@@ -30,7 +30,7 @@ from minqwen.text_encoder import Qwen2_5_VLTextEncoder, mrope_positions
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vision import rotate
 
-STEPS = {"small": 10800, "full": 5760}  # what the shipped weights took
+STEPS = {"small": 10800, "full": 24000}  # what the shipped weights took
 RATES = {"small": 2e-3, "full": 1.5e-3}
 WORLDS = {"small": SMALL, "full": WORLD}
 DRAWN = {"small": 0.4, "full": 0.25}  # the share of batches that draw instead of edit
