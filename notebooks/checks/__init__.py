@@ -18,6 +18,10 @@ class Wrong(AssertionError):
     """An answer that is not right; the message says how."""
 
 
+class Answers(tuple):
+    """Several answers to one check that takes several."""
+
+
 class Skipped(Exception):
     """This exercise needs what is not here; the message says what."""
 
