@@ -1,0 +1,244 @@
+"""The notebooks hold the library to the letter; every check passes its solution and fails each stored mistake."""
+
+import importlib
+import io
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+sys.path[:0] = [str(NOTEBOOKS), str(Path(__file__).parent)]
+
+import tools  # noqa: E402
+
+import checks  # noqa: E402
+
+CHAPTERS = sorted(path for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+BUILT = [path for path in CHAPTERS if path.name[:2] in tools.SHOWN]  # those that show definitions and have exercises
+SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
+NUMBERS = [path.name[:2] for path in SOLUTIONS]
+MOST_BYTES, MOST_LINES = 1_500_000, 40
+
+
+def code(path: Path) -> list:
+    return [cell for cell in tools.read(path).cells if cell.cell_type == "code"]
+
+
+def name(path: Path) -> str:
+    return path.stem
+
+
+# ------------------------------------------------------------------------------------ notebook and library agree
+
+
+def test_there_is_a_chapter_for_every_file_that_should_be_shown():
+    assert [path.name[:2] for path in BUILT] == list(tools.SHOWN)
+
+
+@pytest.mark.parametrize("path", BUILT, ids=name)
+def test_every_definition_stands_in_its_chapter_to_the_letter(path):
+    _, faults = tools.sync(tools.read(path), path.name[:2])
+    assert not faults, f"{faults}: run python notebooks/tools.py"
+
+
+LIBRARY = '"""A file."""\n\nLIMIT = 3\n\n\ndef double(x: int) -> int:\n    """Twice."""\n    return 2 * x  # why\n'
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    (tmp_path / "small.py").write_text(LIBRARY)
+    monkeypatch.setitem(tools.SHOWN, "99", ["small"])
+    return tmp_path
+
+
+def chapter(*cells: str):
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+
+
+def test_a_chapter_in_step_has_no_faults(library):
+    shown = "# minqwen/small.py: LIMIT, double\nLIMIT = 3\n\n\ndef double(x: int) -> int:\n    return 2 * x  # why"
+    assert tools.sync(chapter(shown), "99", library)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("cells", "fault"),
+    [
+        (["# minqwen/small.py: LIMIT\nLIMIT = 4", "# minqwen/small.py: double\n"], "drift: # minqwen/small.py: LIMIT"),
+        (["# minqwen/small.py: LIMIT\nLIMIT = 3"], "not shown: double of minqwen/small.py"),
+        (["# minqwen/small.py: LIMIT, double, gone\n"], "orphan: 'minqwen/small.py defines no gone'"),
+        (["# minqwen/small.py: LIMIT, double", "# minqwen/small.py: LIMIT"], "shown twice: LIMIT"),
+        (["# minqwen/other.py: LIMIT"], "orphan: "),
+    ],
+)
+def test_drift_orphans_and_gaps_are_found_and_mended(library, cells, fault):
+    mended, faults = tools.sync(chapter(*cells), "99", library)
+    assert any(found.startswith(fault) for found in faults), faults
+    again = tools.sync(mended, "99", library)[1]
+    assert not [found for found in again if found.startswith("drift")]
+
+
+def test_docstrings_do_not_count_but_comments_do(library):
+    shown = tools.sync(chapter("# minqwen/small.py: LIMIT, double"), "99", library)[0]
+    (library / "small.py").write_text(LIBRARY.replace("Twice.", "Two times."))
+    assert tools.sync(shown, "99", library)[1] == []
+    (library / "small.py").write_text(LIBRARY.replace("# why", "# because"))
+    assert tools.sync(shown, "99", library)[1] == ["drift: # minqwen/small.py: LIMIT, double"]
+
+
+# ---------------------------------------------------------------------------------------------------- chapters
+
+
+@pytest.mark.parametrize("path", BUILT, ids=name)
+def test_a_chapter_has_its_parts_and_its_figures(path):
+    notebook = tools.read(path)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for part in ("Convention box", "The file", "Prove it", "Break it", "Cost", "On the released weights", "Recap"):
+        assert re.search(rf"^## .*{part}", text, re.MULTILINE), f"no section {part}"
+    assert "<summary>Answer</summary>" in text and f"exercises/{path.name}" in text
+    pictures = [any("image/png" in o.get("data", {}) for o in cell.get("outputs", ())) for cell in notebook.cells]
+    assert any(pictures[:4]) and sum(pictures) >= 6  # an artefact, the map, at least four that explain
+    long = [cell.source for cell in code(path) if cell.source.count("\n") >= MOST_LINES]
+    assert all(tools.HEAD.match(source) for source in long), [source[:60] for source in long]
+    words = len(re.sub(r"<[^>]+>|```.*?```", " ", text, flags=re.DOTALL).split())
+    assert 1200 <= words <= 3500, words
+
+
+@pytest.mark.parametrize("path", [*CHAPTERS, *SOLUTIONS], ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_outputs_are_committed_small_and_quiet(path):
+    assert path.stat().st_size < MOST_BYTES
+    counts = [cell.execution_count for cell in code(path)]
+    assert counts == list(range(1, len(counts) + 1)), "run from top to bottom: make notebooks"
+    outputs = [output for cell in code(path) for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not [o for o in outputs if o.get("name") == "stdout" and re.search(r"Warning|it/s\]", o.text)]
+
+
+# --------------------------------------------------------------------------------------------------- exercises
+
+
+def solved(path: Path, code_of) -> str:
+    """Runs the code cells of a notebook of solutions or exercises; what its last cell prints."""
+    before, printed = list(sys.path), io.StringIO()
+    space = {"__name__": "exercise"}
+    try:
+        with redirect_stdout(printed):
+            for cell in code_of:
+                exec(compile(cell.source, str(path), "exec"), space)  # noqa: S102
+    finally:
+        sys.path[:] = before
+    return printed.getvalue().strip().splitlines()[-1]
+
+
+@pytest.fixture
+def in_solutions(monkeypatch):
+    monkeypatch.chdir(NOTEBOOKS / "solutions")
+
+
+def checks_of(number: str) -> dict:
+    module = importlib.import_module(f"checks.chapter_{number}")
+    return {key: value for key, value in vars(module).items() if hasattr(value, "number")}
+
+
+def wrong_answers() -> list:
+    cases = []
+    for number in NUMBERS:
+        wrong = importlib.import_module(f"wrong_answers.chapter_{number}").WRONG
+        cases += [pytest.param(number, key, *case, id=f"{number}-{key}-{i}")
+                  for key in wrong for i, case in enumerate(wrong[key])]  # fmt: skip
+    return cases
+
+
+def test_every_chapter_has_exercises():
+    assert NUMBERS == list(tools.SHOWN)
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=name)
+def test_exercises_are_the_solutions_without_the_answers(path):
+    assert tools.read(NOTEBOOKS / "exercises" / path.name) == tools.stubs(tools.read(path)), "python notebooks/tools.py"
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=name)
+def test_solutions_pass_and_stubs_are_open(path, in_solutions):
+    names = sorted(check.number for check in checks_of(path.name[:2]).values())
+    assert len(names) >= 4
+    assert solved(path, code(path)) == f"done {len(names)} ({', '.join(names)}); open 0; skipped 0"
+    stubs = code(NOTEBOOKS / "exercises" / path.name)
+    assert solved(path, stubs) == f"done 0; open {len(names)} ({', '.join(names)}); skipped 0"
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_every_check_has_three_stored_wrong_answers(number):
+    wrong = importlib.import_module(f"wrong_answers.chapter_{number}").WRONG
+    assert sorted(wrong) == sorted(checks_of(number))
+    assert all(len(cases) >= 3 for cases in wrong.values())
+
+
+@pytest.mark.parametrize(("number", "key", "words", "answer"), wrong_answers())
+def test_a_wrong_answer_fails_with_its_diagnosis(number, key, words, answer, in_solutions):
+    with pytest.raises(checks.Wrong, match=re.escape(words)):
+        checks_of(number)[key](*answer if isinstance(answer, checks.Answers) else (answer,))
+
+
+# ------------------------------------------------------------------------------------------------- the harness
+
+
+@pytest.fixture
+def doubled():
+    @checks.exercise("0.1")
+    def doubled(answer):
+        from minqwen.timestep import get_timestep_embedding as library
+
+        t = torch.rand(3)
+        want = library(t, 8)
+        checks.expect(checks.ask(answer, t, 8, library="timestep.py"), want, {"sines last": want.roll(4, 1)})
+
+    return doubled
+
+
+def test_the_librarys_own_function_is_refused_under_any_name(doubled):
+    from minqwen import timestep
+
+    for handed_in in (timestep.get_timestep_embedding, lambda *a: timestep.get_timestep_embedding(*a)):
+        with pytest.raises(checks.Wrong, match="write it yourself"):
+            doubled(handed_in)
+
+
+def test_what_a_check_says(doubled, capsys):
+    def stub(t, dim):
+        raise NotImplementedError
+
+    doubled(stub)
+    doubled(None)
+    assert capsys.readouterr().out == "0.1: not attempted yet\n" * 2
+    for answer, words in [
+        (lambda t, dim: torch.zeros(3, 9), "expected the shape (3, 8), got (3, 9)"),
+        (lambda t, dim: torch.full((3, 8), float("nan")), "24 of 24 numbers differ; the first at [0, 0]"),
+        (lambda t, dim: None, "expected a tensor"),
+        (lambda t: t, "your code raised TypeError"),
+    ]:
+        with pytest.raises(checks.Wrong, match=re.escape(words)):
+            doubled(answer)
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "right"),
+    [(3, 3, True), (3.0, 3, True), (True, 1, False), ("A ", "a", True), ((1, 2), (1, 2), True), ([1], (1, 2), False),
+     (torch.tensor(2.0), 2, True), (None, 1, False), (False, True, False)],
+)  # fmt: skip
+def test_plain_answers_are_compared(got, want, right):
+    if right:
+        return checks.expect(got, want)
+    with pytest.raises(checks.Wrong):
+        checks.expect(got, want)
+
+
+def test_the_command_says_that_all_agrees():
+    done = subprocess.run([sys.executable, NOTEBOOKS / "tools.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
