@@ -22,14 +22,15 @@ def _waves(sigma, dim, base=10000.0, scale=1000.0, shift=0):
 
 @exercise("01.1")
 def same(answer):
-    """The smallest level above 0 at which the fastest wave has the value that it has at 0."""
-    full = 2 * math.pi / 1000
+    """The smallest level above 0 at which wave 32 has the value that it has at 0."""
+    full = 2 * math.pi / 100  # 10000^(-32/128) is a tenth
     mistakes = {
-        "that is half a turn: the cosine there is -1": math.pi / 1000,
+        "that is half a turn: the cosine there is -1": math.pi / 100,
         "that is the angle: which σ gives it?": 2 * math.pi,
-        "that is in degrees": 360 / 1000,
+        "that is in degrees": 360 / 100,
+        "that is the fastest wave's, k = 0": 2 * math.pi / 1000,
     }
-    expect(answer, full, mistakes, tolerance=5e-6)
+    expect(answer, full, mistakes, tolerance=1e-5)
 
 
 @exercise("01.2")
@@ -133,4 +134,4 @@ def seen(answer):
         "that is in float16, not bfloat16": ((1000 * sigma).half() / 1000).float() * 1000,
     }
     expect(ask(answer, sigma.clone(), library=LIBRARY), want, mistakes, tolerance=1e-3, where="203 levels")
-    return f"Of 10,001 levels {len(torch.linspace(0, 1, 10001).mul(1000).bfloat16().unique())} are left."
+    return f"Of 10,001 levels {len((torch.linspace(0, 1, 10001).mul(1000).bfloat16() / 1000).unique())} are left."

@@ -43,10 +43,10 @@ def through(act, bias=1.0):
 
 WRONG = {
     "same": [
-        ("half a turn", math.pi / 1000),
+        ("half a turn", math.pi / 100),
         ("that is the angle", 2 * math.pi),
-        ("in degrees", 0.36),
-        ("is not right", 0.001),
+        ("in degrees", 3.6),
+        ("the fastest wave's", 0.0062832),
     ],
     "waves": [
         ("sines come first", sines_first),
