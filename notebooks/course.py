@@ -81,10 +81,7 @@ def flow(boxes: dict, arrows: list, size=(10, 4), here: str | None = None):
         axis.text(x, y - 0.13, detail, ha="center", va="center", fontsize=8)
     for a, b in arrows:
         (ax, ay), (bx, by) = boxes[a][:2], boxes[b][:2]
-        across = (
-            abs(bx - ax) * size[0] >= abs(by - ay) * size[0] * 0.8 and ay == by or abs(bx - ax) > abs(by - ay) * 1.5
-        )
-        if across:
+        if abs(bx - ax) > 1.5 * abs(by - ay):  # beside each other, else one above the other
             ends = (ax + np.sign(bx - ax) * width / 2, ay), (bx - np.sign(bx - ax) * width / 2, by)
         else:
             ends = (ax, ay + np.sign(by - ay) * height / 2), (bx, by - np.sign(by - ay) * height / 2)
