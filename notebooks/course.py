@@ -107,8 +107,11 @@ def model_map(here: str) -> None:
         "transformer": (2, 1, "transformer", "chapter 05", core),
         "block": (3, 1, "block", "chapter 04", core),
         "decode": (4, 1, "vae", "decode, chapter 06", picture),
+        "precompute": (3, 0, "precompute", "chapter 08", picture),
+        "finetune": (4, 0, "finetune, lora", "chapter 10", core),
     }
     arrows = [("prompt", "text_encoder"), ("text_encoder", "transformer"), ("vae", "images"), ("images", "transformer")]
     arrows += [("sampling", "timestep"), ("timestep", "transformer"), ("rope", "attention"), ("attention", "block")]
     arrows += [("transformer", "block"), ("block", "decode")]
+    arrows += [("precompute", "finetune")]
     flow(boxes, arrows, size=(9.5, 3.4), here=here)
