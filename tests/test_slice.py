@@ -1,8 +1,9 @@
 """The chapters' cells "On the released weights" read slices by byte range, from files that the reference wrote.
 
 A hub on this machine serves a checkpoint of the released names and layout, in bf16, the transformer in shards, whose
-weights diffusers and transformers wrote, of another size than the tiny one. For each chapter the set-up, the definitions and that section run in a fresh process, in the tier
-`slice`; they assert names, shapes and parity with the reference themselves.
+weights diffusers and transformers wrote, of another size than the tiny one. For each chapter the set-up, the
+definitions and that section run in a fresh process, in the tier `slice`; they assert names, shapes and parity with the
+reference themselves.
 """
 
 import json
