@@ -51,7 +51,8 @@ def ledger(checkpoint=None) -> None:
     line = [f"tier {TIER}", f"{time.time() - _STARTED:.0f} s", f"{peak:.2f} GB peak memory"]
     if torch.cuda.is_available():
         line.append(f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB peak GPU memory, {torch.cuda.get_device_name()}")
-    line.append(f"{getattr(checkpoint, 'fetched', 0) / 1e6:.1f} MB read over the network")
+    if checkpoint is not None:
+        line.append(f"{checkpoint.fetched / 1e6:.1f} MB read over the network")
     line.append(f"{torch.get_num_threads()} threads, {platform.machine()}")
     print(" | ".join(line))
 
