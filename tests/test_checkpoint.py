@@ -332,9 +332,8 @@ def test_the_amount_is_said_before_the_first_tensor_comes(hub, capsys):
 def test_names_and_shapes_come_from_the_headers_alone(hub, written):
     expected = {name: tuple(t.shape) for name, t in written[1].state_dict().items()}
     assert Checkpoint("owner/name").shapes("transformer") == Checkpoint(written[0]).shapes("transformer") == expected
-    headers = sum(
-        8 + int.from_bytes(path.read_bytes()[:8], "little") for path in (written[0] / "transformer").glob("*.safetensors")
-    )
+    files = (written[0] / "transformer").glob("*.safetensors")
+    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in files)
     assert hub.sent(".safetensors") - hub.sent(".index.json") == headers
     theirs = written[2].state_dict()
     assert Checkpoint(written[0]).shapes("vae") == {name: tuple(t.shape) for name, t in theirs.items()}
