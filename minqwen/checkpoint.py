@@ -154,6 +154,13 @@ class Checkpoint:
             raise KeyError(f"no tensor in {self.source}/{component} starts with {prefix!r}")
         return tensors
 
+    def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of all tensors of a component, from its files' headers alone: no weight is read."""
+        weights = self.weight_map(component)
+        files = sorted(set(weights.values())) if isinstance(weights, dict) else weights
+        tables = [self._header(f"{component}/{file}")[0] for file in files]
+        return {name: tuple(entry["shape"]) for table in tables for name, entry in table.items()}
+
     def load(
         self,
         module_class: type[nn.Module],
@@ -199,7 +206,7 @@ class Checkpoint:
         return tensors
 
     def _header(self, name: str) -> tuple[dict, int, int]:
-        """The table of a safetensors file on the hub, where its data start, and the file's size in bytes."""
+        """The table of a safetensors file, where its data start, and the file's size in bytes."""
         length = int.from_bytes(self._fetch(name, 0, 8), "little")
         if not 2 <= length <= 100_000_000:  # the format's own limit
             raise ValueError(f"{self.source}/{name} is not a safetensors file: its header claims {length} bytes")
@@ -216,9 +223,14 @@ class Checkpoint:
         return table, 8 + length, 8 + length + size
 
     def _fetch(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes start to stop of a file on the hub. Raises FileNotFoundError, ConnectionError."""
+        """Bytes start to stop of a file, from this disk if it is there. Raises FileNotFoundError, ConnectionError."""
         if start == stop:
             return b""
+        path = self._cached(name) if self.folder is None else str(self.folder / name)
+        if isinstance(path, str):
+            with open(path, "rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
         url = hf_hub_url(self.source, name, revision=self.revision)
         asked = f"bytes={start}-{stop - 1}"
         headers = build_hf_headers() | {"Range": asked, "Accept-Encoding": "identity"}

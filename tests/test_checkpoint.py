@@ -329,6 +329,23 @@ def test_the_amount_is_said_before_the_first_tensor_comes(hub, capsys):
     assert "MB from owner/name" in capsys.readouterr().out
 
 
+def test_names_and_shapes_come_from_the_headers_alone(hub, written):
+    expected = {name: tuple(t.shape) for name, t in written[1].state_dict().items()}
+    assert Checkpoint("owner/name").shapes("transformer") == Checkpoint(written[0]).shapes("transformer") == expected
+    files = (written[0] / "transformer").glob("*.safetensors")
+    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in files)
+    assert hub.sent(".safetensors") - hub.sent(".index.json") == headers
+    theirs = written[2].state_dict()
+    assert Checkpoint(written[0]).shapes("vae") == {name: tuple(t.shape) for name, t in theirs.items()}
+
+
+def test_a_damaged_header_on_this_disk_is_named(single):
+    path = single / STEM
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        Checkpoint(single.parent).shapes("transformer")
+
+
 def test_a_prefix_of_a_single_file_comes_by_byte_ranges(hub, written):
     found = Checkpoint("owner/name").tensors("vae", "decoder.conv_out.")
     theirs = written[2].state_dict()

@@ -95,7 +95,7 @@ def test_a_chapters_slice_is_read_by_byte_range(path, hub, tmp_path):
     }
     script = tmp_path / "chapter.py"
     script.write_text(slice_code(path))
-    environment["PYTHONPATH"] = str(NOTEBOOKS)
+    environment["PYTHONPATH"] = f"{NOTEBOOKS}{os.pathsep}{ROOT}"
     done = subprocess.run([sys.executable, script], env=environment, cwd=NOTEBOOKS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tier slice" in done.stdout
