@@ -222,8 +222,12 @@ def checksum(tensor: Tensor) -> bytes:
     same on every device, at the speed at which memory can be read.
     """
     bits = tensor.detach().reshape(-1).view(torch.uint8)
-    words = F.pad(bits, (0, -len(bits) % 8192)).view(torch.int64).view(-1, 1024)
-    return torch.cat([words.sum(0), words.sum(1)]).cpu().numpy().tobytes()
+    if bits.storage_offset() % 8:  # mapped from a file, at an odd place
+        bits = bits.clone()
+    whole = len(bits) // 8192 * 8192
+    rest = F.pad(bits[whole:], (0, -len(bits) % 8192))  # padding all of it would copy all of it
+    words = [part.view(torch.int64).view(len(part) // 8192, 1024) for part in (bits[:whole], rest)]
+    return torch.cat([part.sum(axis) for part in words for axis in (0, 1)]).cpu().numpy().tobytes()
 
 
 def _precompute(pipe, sources: list[Source], cache_dir, area: int, progress: bool, prune: bool) -> Precomputed:
