@@ -42,6 +42,11 @@ CONDITION_AREA = 384 * 384  # what the text encoder of Edit-2509 and -2511 sees 
 TILE_ABOVE, TILE = 2048 * 1536, 1024  # larger pictures pass through the VAE in tiles of so many pixels a side
 GUIDE_TOGETHER = 1024  # up to so many image tokens both prompts share one forward pass: fewer, fuller operations
 FAMILIES = {"QwenImagePipeline": None, "QwenImageEditPipeline": EDIT, "QwenImageEditPlusPipeline": EDIT_PLUS}
+PARTS = {  # what holds weights
+    "transformer": QwenImageTransformer2DModel,
+    "vae": AutoencoderKLQwenImage,
+    "text_encoder": Qwen2_5_VLTextEncoder,
+}
 OTHERS = {"QwenImage21Pipeline": "Qwen-Image-2.1", "QwenImageLayeredPipeline": "Qwen-Image-Layered"}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json", "tokenizer.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -54,6 +59,7 @@ Callback = Callable[[int, float, torch.Tensor, torch.Tensor], None]
 class QwenImagePipeline:
     """Draws (`generate`) and edits (`edit`); made by `from_pretrained`.
 
+    transformer, vae, text_encoder: a part that is None is missed only by what needs it.
     edit_template: EDIT (one picture), EDIT_PLUS (several), or None where the checkpoint only draws.
     area: pixels of the default working size; true_cfg_scale: the default guidance.
     schedule: the keys of scheduler_config.json.
@@ -61,9 +67,9 @@ class QwenImagePipeline:
 
     def __init__(
         self,
-        transformer: QwenImageTransformer2DModel,
-        vae: AutoencoderKLQwenImage,
-        text_encoder: Qwen2_5_VLTextEncoder,
+        transformer: QwenImageTransformer2DModel | None,
+        vae: AutoencoderKLQwenImage | None,
+        text_encoder: Qwen2_5_VLTextEncoder | None,
         tokenizer: Tokenizer,
         schedule: dict | None = None,
         image_settings: dict | None = None,
@@ -81,10 +87,12 @@ class QwenImagePipeline:
         path_or_repo: str | os.PathLike,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        without: str | tuple[str, ...] = (),
     ) -> "QwenImagePipeline":
         """Open a checkpoint in the released layout, from a folder or a hub repository ("Qwen/Qwen-Image-Edit").
 
         device: by default CUDA, else MPS, else the CPU; dtype: by default bfloat16 on a GPU, float32 on a CPU.
+        without: parts that stay where they are and become None: "transformer", "vae", "text_encoder".
         Raises FileNotFoundError where something is missing and ValueError for other families of models, weights
         that do not fit, and float16, in which the released model overflows.
         """
@@ -93,6 +101,9 @@ class QwenImagePipeline:
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype {dtype}: use bfloat16 or float32; the released model overflows in float16")
+        without = {without} if isinstance(without, str) else set(without)
+        if unknown := without - set(PARTS):
+            raise ValueError(f"without {sorted(unknown)}: only {', '.join(PARTS)} can be left out")
         checkpoint = Checkpoint(path_or_repo)
         index = checkpoint.config("model_index.json")
         template = _edit_template(index, checkpoint.source)
@@ -100,10 +111,9 @@ class QwenImagePipeline:
         settings = {}
         if template is not None:
             settings = load_image_settings(checkpoint.folder_of("processor", PROCESSOR_FILES))
+        load = checkpoint.load
         return cls(
-            checkpoint.load(QwenImageTransformer2DModel, "transformer", device, dtype),
-            checkpoint.load(AutoencoderKLQwenImage, "vae", device, dtype),
-            checkpoint.load(Qwen2_5_VLTextEncoder, "text_encoder", device, dtype),
+            *(None if name in without else load(part, name, device, dtype) for name, part in PARTS.items()),
             tokenizer,
             checkpoint.config("scheduler/scheduler_config.json"),
             settings,
@@ -114,11 +124,19 @@ class QwenImagePipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.img_in.weight.device
+        return self._weight().device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.transformer.img_in.weight.dtype
+        return self._weight().dtype
+
+    def _weight(self) -> torch.Tensor:
+        if self.transformer is not None:
+            return self.transformer.img_in.weight
+        part = self.vae if self.vae is not None else self.text_encoder
+        if part is None:
+            raise ValueError("this pipeline was opened without any of its parts")
+        return next(part.parameters())
 
     def generate(
         self,
@@ -188,25 +206,29 @@ class QwenImagePipeline:
             raise ValueError("there is no picture to edit; to draw from words alone, use generate")
         if self.edit_template is EDIT and len(images) > 1:
             raise ValueError(f"this checkpoint edits one picture, got {len(images)}; several need Edit-2509 or -2511")
-        area = area or self.area
-        sizes = [calculate_dimensions(area, image.width / image.height) for image in images]
-        resized = [resize_image(image, *size) for image, size in zip(images, sizes, strict=True)]
-        seen = resized
-        if self.edit_template is EDIT_PLUS:  # the text encoder looks at smaller copies
-            small = [calculate_dimensions(min(CONDITION_AREA, area), image.width / image.height) for image in images]
-            seen = [resize_image(image, *size) for image, size in zip(images, small, strict=True)]
+        resized, seen = self.resize_references(images, area)
         scale = self.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
         positive = self.encode_prompt(prompt, seen)
         negative = self._negative(negative_prompt, scale, seen)
         references = [self.encode_image(image) for image in resized]
         width, height = (
-            _multiple_of_16(width or sizes[-1][0], "width"),
-            _multiple_of_16(height or sizes[-1][1], "height"),
+            _multiple_of_16(width or resized[-1].width, "width"),
+            _multiple_of_16(height or resized[-1].height, "height"),
         )
         return self._sample(
             positive, negative, references, width, height, scale, num_inference_steps, generator, latents,
             callback, progress,
         )  # fmt: skip
+
+    def resize_references(
+        self, images: list[Image.Image], area: int | None = None
+    ) -> tuple[list[Image.Image], list[Image.Image]]:
+        """RGB pictures at the working size of `area` pixels: as the transformer and as the text encoder see them."""
+        area, small = area or self.area, min(CONDITION_AREA, area or self.area)
+        resized = [resize_image(i, *calculate_dimensions(area, i.width / i.height)) for i in images]
+        if self.edit_template is not EDIT_PLUS:
+            return resized, resized
+        return resized, [resize_image(i, *calculate_dimensions(small, i.width / i.height)) for i in images]
 
     @torch.inference_mode()
     def encode_prompt(
@@ -255,6 +277,8 @@ class QwenImagePipeline:
     def _sample(
         self, positive, negative, references, width, height, scale, steps, generator, latents, callback, progress
     ) -> Image.Image:
+        if self.transformer is None:
+            raise ValueError("this pipeline was opened without its transformer: it encodes, and draws nothing")
         h, w = height // 16, width // 16
         latents = self._noise(h, w, generator) if latents is None else _checked(latents, h, w)
         latents = latents.to(self.device, torch.float32)

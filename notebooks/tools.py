@@ -20,6 +20,7 @@ SHOWN = {  # chapter -> the files whose definitions it shows, all of them
     "01": ["timestep"],
     "02": ["rope"],
     "05": ["transformer"],
+    "08": ["precompute"],
 }
 HEAD = re.compile(r"# minqwen/(\w+)\.py: ([\w, ]+)\n?")
 REGION = re.compile(r"^(?P<indent>[ ]*)# solution\n(?:.*\n)*?[ ]*# end$", re.MULTILINE)
