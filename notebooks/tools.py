@@ -21,6 +21,7 @@ SHOWN = {  # chapter -> the files whose definitions it shows, all of them
     "02": ["rope"],
     "04": ["block"],
     "05": ["transformer"],
+    "06": ["images", "vae"],
     "08": ["precompute"],
 }
 HEAD = re.compile(r"# minqwen/(\w+)\.py: ([\w, ]+)\n?")
