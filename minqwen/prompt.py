@@ -25,7 +25,8 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-PAD, IMAGE_PAD = "<|endoftext|>", "<|image_pad|>"
+PAD = "<|endoftext|>"
+IMAGE_PAD = "<|image_pad|>"
 
 # Bytes merge only inside these: English endings, words, single digits, punctuation, line ends, spaces.
 WORDS = (

@@ -22,6 +22,7 @@ SHOWN = {  # chapter -> the files whose definitions it shows, all of them
     "04": ["block"],
     "05": ["transformer"],
     "06": ["images", "vae"],
+    "07": ["prompt", "text_encoder", "vision"],
     "08": ["precompute"],
 }
 HEAD = re.compile(r"# minqwen/(\w+)\.py: ([\w, ]+)\n?")
