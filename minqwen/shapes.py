@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 64  # pixels on a side; centres and radii below are in pixels of a picture of this size
 RADIUS = 12
-RIM = 2  # an outline covers so many pixels on either side of the edge
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
+MIRRORED = dict(zip(PLACES, ("top right", "top left", "bottom right", "bottom left"), strict=True))
 COLOURS = {
     "red": (218, 38, 46), "green": (46, 164, 79), "blue": (44, 92, 222), "yellow": (252, 218, 54),
     "purple": (142, 60, 190), "orange": (247, 132, 30), "cyan": (64, 204, 228),
@@ -56,8 +56,8 @@ PHRASES = {
              "draw {things} on a {colour} background", "a picture of {things} on a {colour} background",
              "there should be {things} on a {colour} background", "I would like {things} on a {colour} background",
              "on a {colour} background, {things}", "a {colour} picture with {things}"),
-    "outline": ("draw an outline around {it} in {colour}", "outline {it} in {colour}",
-                "give {it} an outline in {colour}", "{it} should have an outline in {colour}"),
+    "mirror": ("mirror the picture", "mirror the picture from left to right", "flip the picture from left to right",
+               "flip the picture", "the picture should be mirrored", "I would like the picture to be mirrored"),
 }
 CHINESE_PHRASES = {
     "recolour": ("把{it}变成{colour}", "将{it}改为{colour}"),
@@ -68,7 +68,7 @@ CHINESE_PHRASES = {
     "move": ("把{it}移到{place}", "将{it}放到{place}"),
     "swap": ("交换{it}和{other}", "把{it}和{other}对调"),
     "draw": ("{colour}背景上有{things}", "画{things}，背景是{colour}"),
-    "outline": ("给{it}加上{colour}边框", "用{colour}描出{it}"),
+    "mirror": ("左右翻转图片", "把图片左右镜像"),
 }
 # No training sees these: what an instruction does that nobody has thought of.
 UNSEEN_PHRASES = {
@@ -88,7 +88,7 @@ CHINESE = {
     "cyan": "青色", "white": "白色", "black": "黑色", "gray": "灰色", "pink": "粉色", "brown": "棕色",
 }
 KINDS = ("recolour", "remove", "add", "background", "shape", "move", "swap")
-HELD_BACK = "outline"  # a kind of edit that the shipped checkpoint was never shown: the fine-tune teaches it
+HELD_BACK = "mirror"  # a kind of edit that the shipped checkpoint was never shown: the fine-tune teaches it
 # What a reference may name. The place is always enough; the others only while nothing else in the scene fits.
 REFERENCES = (("shape",), ("colour",), ("colour", "shape"), ("place",), ("shape", "place"))
 
@@ -124,7 +124,6 @@ class Thing:
     dx: int = 0  # from the middle of its cell
     dy: int = 0
     radius: int = RADIUS
-    outline: str | None = None  # a colour along its edge
 
 
 @dataclass(frozen=True)
@@ -160,21 +159,13 @@ def outline(shape: str) -> list[tuple[float, float]]:
 
 
 @cache
-def mask(
-    shape: str, dx: int = 0, dy: int = 0, radius: int = RADIUS, cell: int = SIZE // 2, grow: int = 0
-) -> np.ndarray:
-    """How much of each pixel of a cell a shape covers, (cell, cell, 1) in [0, 1]: drawn 8 times as large.
-
-    grow: pixels by which its edge is moved outwards (or inwards, below 0).
-    """
+def mask(shape: str, dx: int = 0, dy: int = 0, radius: int = RADIUS, cell: int = SIZE // 2) -> np.ndarray:
+    """How much of each pixel of a cell a shape covers, (cell, cell, 1) in [0, 1]: drawn 8 times as large."""
     large = Image.new("L", (8 * cell, 8 * cell))
     middle, scale = SIZE / 4, 8 * cell / (SIZE / 2)
     corners = [(middle + dx + radius * x, middle + dy + radius * y) for x, y in outline(shape)]
     corners = [(x * scale, y * scale) for x, y in corners]
     ImageDraw.Draw(large).polygon(corners, fill=255)
-    if grow:
-        line = corners + corners[:2]  # once round and a little further, so that every corner is a joint
-        ImageDraw.Draw(large).line(line, 255 if grow > 0 else 0, round(2 * abs(grow) * scale), joint="curve")
     return np.asarray(large.resize((cell, cell), Image.Resampling.BOX), np.float32)[..., None] / 255
 
 
@@ -192,9 +183,6 @@ def draw_array(scene: Scene, size: int = SIZE) -> np.ndarray:
     for t in scene.things:
         cover = mask(t.shape, t.dx, t.dy, t.radius, size // 2)
         cell = ground + cover * (COLOURS[t.colour] - ground)
-        if t.outline:
-            outer, inner = (mask(t.shape, t.dx, t.dy, t.radius, size // 2, grow) for grow in (RIM, -RIM))
-            cell = cell + (outer - inner) * (COLOURS[t.outline] - cell)
         picture[in_cell(t.place, size)] = cell + 0.5  # rounds
     return picture
 
@@ -252,7 +240,8 @@ def describe(scene: Scene, rng: np.random.Generator, world: World = WORLD) -> st
 
 def vocabulary() -> list[str]:
     """Every English word and Chinese piece that an instruction or prompt can hold: what a tokenizer needs."""
-    phrases = [*sum(PHRASES.values(), ()), *sum(CHINESE_PHRASES.values(), ())]
+    known = [by_kind[kind] for by_kind in (PHRASES, CHINESE_PHRASES) for kind in (*KINDS, "draw")]
+    phrases = sum(known, ())
     text = " ".join([*phrases, *SHAPES, *PLACES, *COLOURS, *BACKGROUNDS, *CHINESE.values()])
     for mark in "{}，,":
         text = text.replace(mark, f" {mark} ")
@@ -332,6 +321,10 @@ def change(
     if kind == "add":
         new = sample_thing(rng, pick(rng, scene.empty_places()), world)
         return scene.with_things(*scene.things, new), {"a": a(new, chinese), "place": new.place}
+    if kind == HELD_BACK:
+        mirrored = scene.with_things(*(replace(t, place=MIRRORED[t.place], dx=-t.dx) for t in scene.things))
+        seen = [[(t.place, t.shape, t.colour) for t in s.things] for s in (scene, mirrored)]
+        return (mirrored if seen[0] != seen[1] else scene), {}  # nothing to see: sample_edit takes another scene
     it = pick(rng, scene.things)
     rest = [thing for thing in scene.things if thing is not it]
     words = {"it": refer(rng, scene, it, world, chinese)}
@@ -344,9 +337,6 @@ def change(
         rest.remove(other)
         words["other"] = refer(rng, scene, other, world, chinese)
         return scene.with_things(*rest, replace(it, place=other.place), replace(other, place=it.place)), words
-    if kind == HELD_BACK:
-        words["colour"] = pick(rng, world.colours, other_than=it.colour)
-        return scene.with_things(*rest, replace(it, outline=words["colour"])), words
     part = {"recolour": "colour", "shape": "shape", "move": "place"}[kind]
     choices = {"colour": world.colours, "shape": world.shapes, "place": scene.empty_places()}[part]
     words[part] = pick(rng, choices, other_than=getattr(it, part))
@@ -358,7 +348,6 @@ def change(
 NEAR = 48  # two colours nearer than this may be the same one (black and white are 442 apart)
 MIN_OVERLAP, MIN_LEAD = 0.8, 0.04  # intersection over union with the best shape, and its lead over the second
 MAX_SPOTS = 0.01  # share of a cell's pixels that may be off
-MAX_OFF = 0.03  # share of an outlined thing's pixels that may be
 
 
 def judge(image: Image.Image, edit: Edit) -> bool:
@@ -384,8 +373,6 @@ def explain(image: Image.Image, edit: Edit) -> list[str]:
 def explain_cell(cell: np.ndarray, ground: np.ndarray, edit: Edit, place: str) -> str | None:
     """What is wrong in one cell, (32, 32, 3), of a picture whose background is `ground`."""
     thing = edit.target_scene.at(place)
-    if thing and thing.outline:
-        return explain_outlined(cell, ground, edit, thing)
     away = np.linalg.norm(cell - ground, axis=-1)
     if thing is None:
         return "nothing expected, something seen" if (away > NEAR).mean() > MAX_SPOTS else None
@@ -405,29 +392,6 @@ def explain_cell(cell: np.ndarray, ground: np.ndarray, edit: Edit, place: str) -
     outside, inside = plain_parts(best, *scores[best][1])
     spots = (outside & (away > NEAR)) | (inside & (np.linalg.norm(cell - colour, axis=-1) > NEAR))
     return "spots on what should be plain" if spots.mean() > MAX_SPOTS else None
-
-
-def explain_outlined(cell: np.ndarray, ground: np.ndarray, edit: Edit, thing: Thing) -> str | None:
-    """What is wrong with a thing that should have an outline: ground, rim and inside must have their colours."""
-    colours, shares = (ground, COLOURS[thing.outline], COLOURS[thing.colour]), []
-    for placement in placements(edit, thing):
-        parts = outlined_parts(thing.shape, *placement)
-        away = [np.linalg.norm(cell - rgb, axis=-1) > NEAR for rgb in colours]
-        off = [(part & far).sum() for part, far in zip(parts, away, strict=True)]
-        large = parts[1].sum() + parts[2].sum()  # a spot on the ground counts as it would on the thing
-        shares.append(max(count / min(part.sum(), large) for count, part in zip(off, parts, strict=True)))
-    wanted = f"{thing.colour} {thing.shape} with an outline in {thing.outline}"
-    return f"{wanted} expected, something else seen" if min(shares) > MAX_OFF else None
-
-
-@cache
-def outlined_parts(shape: str, dx: int, dy: int, radius: int) -> list[np.ndarray]:
-    """The pixels outside an outlined shape, on its rim and inside, a pixel away from the edges between them."""
-    outer, inner = (mask(shape, dx, dy, radius, grow=grow)[..., 0] for grow in (RIM, -RIM))
-    parts = outer == 0, (outer == 1) & (inner == 0), inner == 1
-    parts = [Image.fromarray(part.astype(np.uint8) * 255) for part in parts]
-    away = [part.filter(ImageFilter.MinFilter(3)) for part in parts]
-    return [np.asarray(b if np.any(b) else p) > 0 for b, p in zip(away, parts, strict=True)]
 
 
 def nearest(rgb: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
