@@ -19,6 +19,7 @@ LIBRARY = HERE.parent / "minqwen"
 SHOWN = {  # chapter -> the files whose definitions it shows, all of them
     "01": ["timestep"],
     "02": ["rope"],
+    "03": ["attention"],
     "04": ["block"],
     "05": ["transformer"],
     "06": ["images", "vae"],
