@@ -39,7 +39,8 @@ from minqwen.vae import AutoencoderKLQwenImage
 
 AREA = 1024 * 1024  # pixels of a released model's working size
 CONDITION_AREA = 384 * 384  # what the text encoder of Edit-2509 and -2511 sees of each picture
-TILE_ABOVE, TILE = 2048 * 1536, 1024  # larger pictures pass through the VAE in tiles of so many pixels a side
+TILE_ABOVE = 2048 * 1536  # larger pictures pass through the VAE in tiles
+TILE = 1024  # pixels a side of a tile
 GUIDE_TOGETHER = 1024  # up to so many image tokens both prompts share one forward pass: fewer, fuller operations
 FAMILIES = {"QwenImagePipeline": None, "QwenImageEditPipeline": EDIT, "QwenImageEditPlusPipeline": EDIT_PLUS}
 OTHERS = {"QwenImage21Pipeline": "Qwen-Image-2.1", "QwenImageLayeredPipeline": "Qwen-Image-Layered"}

@@ -16,7 +16,11 @@ import nbformat
 
 HERE = Path(__file__).resolve().parent
 LIBRARY = HERE.parent / "minqwen"
-SHOWN = {"01": ["timestep"], "02": ["rope"]}  # chapter -> the files whose definitions it shows, all of them
+SHOWN = {  # chapter -> the files whose definitions it shows, all of them
+    "01": ["timestep"],
+    "02": ["rope"],
+    "09": ["sampling"],
+}
 HEAD = re.compile(r"# minqwen/(\w+)\.py: ([\w, ]+)\n?")
 REGION = re.compile(r"^(?P<indent>[ ]*)# solution\n(?:.*\n)*?[ ]*# end$", re.MULTILINE)
 
