@@ -149,18 +149,9 @@ class QwenImagePipeline:
         positive = self.encode_prompt(prompt)
         negative = self._negative(negative_prompt, scale)
         return self._sample(
-            positive,
-            negative,
-            [],
-            width,
-            height,
-            scale,
-            num_inference_steps,
-            generator,
-            latents,
-            callback,
-            progress,
-        )
+            positive, negative, [], width, height, scale, num_inference_steps, generator, latents,
+            callback, progress,
+        )  # fmt: skip
 
     def edit(
         self,
@@ -200,10 +191,8 @@ class QwenImagePipeline:
         positive = self.encode_prompt(prompt, seen)
         negative = self._negative(negative_prompt, scale, seen)
         references = [self.encode_image(image) for image in resized]
-        width, height = (
-            _multiple_of_16(width or sizes[-1][0], "width"),
-            _multiple_of_16(height or sizes[-1][1], "height"),
-        )
+        width = _multiple_of_16(width or sizes[-1][0], "width")
+        height = _multiple_of_16(height or sizes[-1][1], "height")
         return self._sample(
             positive, negative, references, width, height, scale, num_inference_steps, generator, latents,
             callback, progress,

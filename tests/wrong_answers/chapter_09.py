@@ -124,7 +124,7 @@ WRONG = {
         ("the likeliest picture alone", best(weights="nearest")),
         ("the half is missing", best(half=1.0)),
         ("the division is missing", best(divided=False)),
-        ("not finite at sigma 0.02", best(weights="densities")),
+        ("take the softmax of their logarithms", best(weights="densities")),
     ],
     "next_latents": [
         ("the scale comes first", following(shift_first=True)),
