@@ -25,6 +25,7 @@ SHOWN = {  # chapter -> the files whose definitions it shows, all of them
     "06": ["images", "vae"],
     "07": ["prompt", "text_encoder", "vision"],
     "08": ["precompute"],
+    "09": ["sampling"],
 }
 HEAD = re.compile(r"# minqwen/(\w+)\.py: ([\w, ]+)\n?")
 REGION = re.compile(r"^(?P<indent>[ ]*)# solution\n(?:.*\n)*?[ ]*# end$", re.MULTILINE)
