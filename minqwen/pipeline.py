@@ -39,7 +39,8 @@ from minqwen.vae import AutoencoderKLQwenImage
 
 AREA = 1024 * 1024  # pixels of a released model's working size
 CONDITION_AREA = 384 * 384  # what the text encoder of Edit-2509 and -2511 sees of each picture
-TILE_ABOVE, TILE = 2048 * 1536, 1024  # larger pictures pass through the VAE in tiles of so many pixels a side
+TILE_ABOVE = 2048 * 1536  # larger pictures pass through the VAE in tiles
+TILE = 1024  # pixels a side of a tile
 GUIDE_TOGETHER = 1024  # up to so many image tokens both prompts share one forward pass: fewer, fuller operations
 FAMILIES = {"QwenImagePipeline": None, "QwenImageEditPipeline": EDIT, "QwenImageEditPlusPipeline": EDIT_PLUS}
 PARTS = {  # what holds weights
@@ -166,18 +167,9 @@ class QwenImagePipeline:
         positive = self.encode_prompt(prompt)
         negative = self._negative(negative_prompt, scale)
         return self._sample(
-            positive,
-            negative,
-            [],
-            width,
-            height,
-            scale,
-            num_inference_steps,
-            generator,
-            latents,
-            callback,
-            progress,
-        )
+            positive, negative, [], width, height, scale, num_inference_steps, generator, latents,
+            callback, progress,
+        )  # fmt: skip
 
     def edit(
         self,
@@ -211,10 +203,15 @@ class QwenImagePipeline:
         positive = self.encode_prompt(prompt, seen)
         negative = self._negative(negative_prompt, scale, seen)
         references = [self.encode_image(image) for image in resized]
+<<<<<<< HEAD
         width, height = (
             _multiple_of_16(width or resized[-1].width, "width"),
             _multiple_of_16(height or resized[-1].height, "height"),
         )
+=======
+        width = _multiple_of_16(width or sizes[-1][0], "width")
+        height = _multiple_of_16(height or sizes[-1][1], "height")
+>>>>>>> ch09
         return self._sample(
             positive, negative, references, width, height, scale, num_inference_steps, generator, latents,
             callback, progress,

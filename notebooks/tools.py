@@ -19,11 +19,13 @@ LIBRARY = HERE.parent / "minqwen"
 SHOWN = {  # chapter -> the files whose definitions it shows, all of them
     "01": ["timestep"],
     "02": ["rope"],
+    "03": ["attention"],
     "04": ["block"],
     "05": ["transformer"],
     "06": ["images", "vae"],
     "07": ["prompt", "text_encoder", "vision"],
     "08": ["precompute"],
+    "09": ["sampling"],
 }
 HEAD = re.compile(r"# minqwen/(\w+)\.py: ([\w, ]+)\n?")
 REGION = re.compile(r"^(?P<indent>[ ]*)# solution\n(?:.*\n)*?[ ]*# end$", re.MULTILINE)

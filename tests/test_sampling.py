@@ -73,6 +73,26 @@ def test_one_step_goes_straight_to_the_picture():
     assert get_sigmas(1, 4096).tolist() == [1, 0]
 
 
+def test_levels_fall_from_one_to_zero_in_float32(rng):
+    for _ in range(20):
+        steps = rng.randint(1, 100)
+        sigmas = get_sigmas(steps, rng.randint(1, 70_000))
+        assert sigmas.dtype == torch.float32 and sigmas.shape == (steps + 1,)
+        assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+
+
+def test_larger_pictures_spend_more_steps_at_high_noise():
+    middles = [get_sigmas(50, tokens)[25].item() for tokens in (16, 256, 4096, 8192, 65536)]
+    assert middles == sorted(middles) and len(set(middles)) == 5
+
+
+def test_the_shift_multiplies_the_odds_and_keeps_the_ends(rng):
+    a, s = rng.uniform(0.2, 5), torch.rand(9, dtype=torch.float64)
+    moved = time_shift(s, a)
+    assert difference(moved / (1 - moved), a * s / (1 - s)) <= 1e-6 * float((a * s / (1 - s)).max())
+    assert time_shift(torch.tensor([0.0, 1.0]), a).tolist() == pytest.approx([0, 1])
+
+
 def test_a_static_shift_is_used_only_without_dynamic_shifting():
     plain = torch.linspace(1, 0.1, 10)
     static = get_sigmas(10, 4096, shift=3.0, use_dynamic_shifting=False, shift_terminal=None)
@@ -87,6 +107,7 @@ def test_a_static_shift_is_used_only_without_dynamic_shifting():
         ({"use_karras_sigmas": True}, "karras"),
         ({"time_shift_type": "linear"}, "linear"),
         ({"frobnicate": 1}, "frobnicate"),
+        ({"_class_name": "UniPCMultistepScheduler"}, "UniPCMultistepScheduler"),
     ],
 )
 def test_other_schedules_are_refused(options, message):
@@ -117,3 +138,25 @@ def test_guidance_is_the_pipelines_formula(rng):
     assert difference(got, want) <= 1e-6
     assert difference(got.norm(dim=-1), positive.norm(dim=-1)) <= 1e-4  # the length of each token is kept
     assert difference(guide(positive, negative, 1.0), positive) <= 1e-5
+
+
+def test_guidance_leaves_a_token_of_zeros_alone():
+    """NaN in diffusers."""
+    token = torch.zeros(1, 2, 64)
+    token[:, 1] = 1
+    assert torch.equal(guide(token, torch.zeros_like(token), 4.0)[:, 0], torch.zeros(1, 64))
+
+
+def test_guidance_is_computed_in_float32():
+    positive, negative = torch.randn(1, 5, 64).bfloat16(), torch.randn(1, 5, 64).bfloat16()
+    got = guide(positive, negative, 4.0)
+    assert got.dtype == torch.float32 and torch.equal(got, guide(positive.float(), negative.float(), 4.0))
+
+
+def test_walking_along_the_straight_path_ends_at_the_picture(rng):
+    """Where the velocity is that of one pair of picture and noise, any number of steps arrives."""
+    picture, noise = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
+    x, sigmas = noise, get_sigmas(rng.randint(1, 30), 4096).tolist()
+    for sigma, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x = euler_step(x, noise - picture, sigma, after)
+    assert difference(x, picture) <= 1e-5
