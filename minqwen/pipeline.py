@@ -203,15 +203,8 @@ class QwenImagePipeline:
         positive = self.encode_prompt(prompt, seen)
         negative = self._negative(negative_prompt, scale, seen)
         references = [self.encode_image(image) for image in resized]
-<<<<<<< HEAD
-        width, height = (
-            _multiple_of_16(width or resized[-1].width, "width"),
-            _multiple_of_16(height or resized[-1].height, "height"),
-        )
-=======
-        width = _multiple_of_16(width or sizes[-1][0], "width")
-        height = _multiple_of_16(height or sizes[-1][1], "height")
->>>>>>> ch09
+        width = _multiple_of_16(width or resized[-1].width, "width")
+        height = _multiple_of_16(height or resized[-1].height, "height")
         return self._sample(
             positive, negative, references, width, height, scale, num_inference_steps, generator, latents,
             callback, progress,

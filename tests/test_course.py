@@ -143,7 +143,7 @@ def in_solutions(monkeypatch):
 
 def checks_of(number: str) -> dict:
     module = importlib.import_module(f"checks.chapter_{number}")
-    return {key: value for key, value in vars(module).items() if hasattr(value, "number")}
+    return {key: value for key, value in vars(module).items() if isinstance(getattr(value, "number", None), str)}
 
 
 def wrong_answers() -> list:
