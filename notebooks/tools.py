@@ -26,6 +26,7 @@ SHOWN = {  # chapter -> the files whose definitions it shows, all of them
     "07": ["prompt", "text_encoder", "vision"],
     "08": ["precompute"],
     "09": ["sampling"],
+    "10": ["lora"],
 }
 HEAD = re.compile(r"# minqwen/(\w+)\.py: ([\w, ]+)\n?")
 REGION = re.compile(r"^(?P<indent>[ ]*)# solution\n(?:.*\n)*?[ ]*# end$", re.MULTILINE)
@@ -44,7 +45,8 @@ def definitions(path: Path) -> dict[str, str]:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             first, names = min([node.lineno, *(d.lineno for d in node.decorator_list)]), [node.name]
         elif isinstance(node, ast.Assign):
-            first, names = node.lineno, [target.id for target in node.targets]
+            first = node.lineno
+            names = [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
         else:
             continue
         text = "\n".join(lines[k] for k in range(first - 1, node.end_lineno) if k not in drop)

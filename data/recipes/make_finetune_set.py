@@ -15,13 +15,13 @@ import numpy as np
 from minqwen.shapes import HELD_BACK, KINDS, sample_edit
 
 SEED = 5 * 10**8
-NEW, REPLAYS = 96, 8  # edits of the new kind; of each old kind
+COUNTS = {HELD_BACK: 96} | dict.fromkeys(KINDS, 8) | {"swap": 32}  # swap is nearest to mirror, and suffers most
 
 
-def make(folder: Path, new: int = NEW, replays: int = REPLAYS) -> None:
+def make(folder: Path, counts: dict[str, int] = COUNTS) -> None:
     for name in ("images", "control"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for number, (kind, count) in enumerate([(HELD_BACK, new), *((kind, replays) for kind in KINDS)]):
+    for number, (kind, count) in enumerate(counts.items()):
         rng = np.random.default_rng(SEED + number)
         for k in range(count):
             edit, name = sample_edit(rng, kind), f"{kind}_{k:03}"
@@ -33,7 +33,4 @@ def make(folder: Path, new: int = NEW, replays: int = REPLAYS) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("data/finetune"))
-    parser.add_argument("--new", type=int, default=NEW, help="edits of the new kind")
-    parser.add_argument("--replays", type=int, default=REPLAYS, help="edits of each old kind")
-    args = parser.parse_args()
-    make(args.folder, args.new, args.replays)
+    make(parser.parse_args().folder)
