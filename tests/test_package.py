@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 IMPORTED_AS = {"pillow": "PIL", "huggingface-hub": "huggingface_hub"}
 
-MOST_CODE_LINES = 2600
+MOST_CODE_LINES = 2800
 LARGEST_FILE = 16 * 2**20
 # Where somebody's files happened to lie when a notebook or a log was made.
 MACHINE_PATH = re.compile(
