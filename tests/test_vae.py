@@ -294,6 +294,7 @@ def test_tiles_that_disagree_fade_over_half_their_overlap():
 
 def test_tiles_are_nearer_to_the_whole_picture_than_cuts_are():
     """Attention sees one tile at a time, so even the best tiles differ a little from the whole."""
+    torch.manual_seed(0)  # no law for every random net: its largest step may lie away from every seam
     vae, _ = pair(SMALL)
     pixels = smooth_picture(148, 204)  # no multiple of the tile
     latents = vae.encode(pixels).mean
