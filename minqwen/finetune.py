@@ -271,17 +271,19 @@ class Run:
         self.step += 1
 
     def save(self) -> None:
-        """All or nothing: the old checkpoint stays until the new one is whole."""
+        """All or nothing: old files stay until new ones are whole. The checkpoint, which says what is done, is last."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        half = self.folder / "checkpoint.part"
+        with open(half, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([Row._fields, *self.log])
+        os.replace(half, self.folder / LOG)
         state = {"step": self.step, "settings": json.dumps(self.settings), "log": list(map(tuple, self.log)),
                  "weights": [p.detach() for p in self.parameters],
                  "optimizer": self.optimizer.state_dict()}  # fmt: skip
-        torch.save(state, self.folder / "checkpoint.part")
-        os.replace(self.folder / "checkpoint.part", self.folder / CHECKPOINT)
-        with open(self.folder / LOG, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([Row._fields, *self.log])
+        torch.save(state, half)
+        os.replace(half, self.folder / CHECKPOINT)
 
     def resume(self) -> None:
         """Go on where the run in the folder stopped, if there is one."""

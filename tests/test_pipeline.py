@@ -102,20 +102,22 @@ def test_the_starting_noise_equals_diffusers(pipe):
     assert levels(pipe.generate("a star", generator=make(), **options, progress=False), want) <= 1
 
 
-def test_bf16_pictures_are_no_further_from_the_truth_than_the_references(rng, pipe):
-    """Mean over several drawings; diffusers draws its noise in bf16, so both get the same latents."""
+def test_bf16_pictures_are_no_further_from_the_truth_than_the_references(pipe):
+    """Geometric mean over drawings, measured 0.86: a single one's ratio spreads from 0.3 to 3, so 32 have 10 % slack.
+
+    diffusers draws its noise in bf16, so both get the same latents.
+    """
     ours = QwenImagePipeline.from_pretrained(TINY, device="cpu", dtype=torch.bfloat16)
     reference = drawing_pipeline(TINY, dtype=torch.bfloat16)
-    mine = theirs = 0.0
-    for prompt in PROMPTS[:1] * 4:
-        options = {"width": 64, "height": 64, "true_cfg_scale": 2.0, "num_inference_steps": 8, "latents": noise(64, 64)}
-        truth = np.asarray(pipe.generate(prompt, **options, progress=False), float)
-        mine += np.square(np.asarray(ours.generate(prompt, **options, progress=False), float) - truth).mean()
-        options["latents"] = options["latents"].bfloat16()
-        theirs += np.square(
-            np.asarray(reference(prompt, negative_prompt=" ", **options).images[0], float) - truth
-        ).mean()
-    assert mine <= theirs
+    ratios = []
+    for seed in range(32):
+        latents = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        options = {"width": 64, "height": 64, "true_cfg_scale": 2.0, "num_inference_steps": 8, "latents": latents}
+        want = reference(PROMPTS[0], negative_prompt=" ", **options).images[0]
+        options |= {"latents": latents.float(), "progress": False}
+        truth, mine = (np.asarray(p.generate(PROMPTS[0], **options), float) for p in (pipe, ours))
+        ratios.append(np.square(mine - truth).mean() / np.square(np.asarray(want, float) - truth).mean())
+    assert np.exp(np.log(ratios).mean()) <= 1.1
 
 
 def test_one_step_works(pipe):
