@@ -6,6 +6,7 @@ library's own code handed in; it says "not attempted yet" of an empty stub; a wr
 
 import functools
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -106,6 +107,25 @@ def expect(got, want, wrong: dict | None = None, tolerance: float = 1e-5, where:
         f"{int((apart > tolerance).sum())} of {want.numel()} numbers differ; the first at {list(place)}: "
         f"yours {got[place].item():.6g}, expected {want[place].item():.6g}{where}"
     )
+
+
+def expect_finding(finding, form: str, **parts: tuple[str, dict[str, str]]) -> None:
+    """Raise `Wrong` unless the finding of an exercise to debug is right, part by part: a name, say, then a letter.
+
+    form: what the finding should be, in words, for one of another length ("two: the sub-module's name, a letter").
+    parts: for each part in order, what is right and {what is wrong: its diagnosis}, where * stands for anything and
+    the first that fits speaks. Case and spaces around do not count.
+    """
+    if not isinstance(finding, tuple | list) or len(finding) != len(parts):
+        raise Wrong(f"expected {form}")
+    for got, (part, (want, mistakes)) in zip(finding, parts.items(), strict=True):
+        said = got.strip().lower() if isinstance(got, str) else None
+        if said == want.lower():
+            continue
+        for mistake, diagnosis in mistakes.items():
+            if said is not None and fnmatchcase(said, mistake.lower()):
+                raise Wrong(f"{diagnosis} ({part})")
+        raise Wrong(f"{_short(got)} is not right ({part})")
 
 
 def _equal(got, want, tolerance: float) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checks import Wrong, ask, exercise, expect
+from checks import Wrong, ask, exercise, expect, expect_finding
 from minqwen.checkpoint import Checkpoint
 from minqwen.rope import QwenEmbedRope
 from minqwen.transformer import QwenImageTransformer2DModel
@@ -249,22 +249,26 @@ CAUSES = {
 @exercise("02.5")
 def cause(finding, shapes):
     """(name of the sub-module, "image" or "text", letter), and shapes that show the fault."""
-    if not isinstance(finding, tuple | list) or len(finding) != 3:
-        raise Wrong("expected three: the sub-module's name, 'image' or 'text', a letter")
-    name, table, letter = finding
     fits = isinstance(shapes, list) and shapes and all(isinstance(s, tuple) and len(s) == 3 for s in shapes)
     if not fits:
         raise Wrong("shapes should be a list such as [(1, 4, 4), (1, 4, 4)]")
     largest = [max(h, w) // 2 for _, h, w in shapes]
     if max(largest) == largest[0]:
         raise Wrong("on these shapes the two models agree: vary the sizes of target and reference")
-    if str(name).startswith("transformer_blocks"):
-        raise Wrong("the blocks differ because what they are given differs; which sub-module finishes before them?")
-    expect(name, "pos_embed", {"look at the first sub-module that differs, not at the whole": ""}, where="name")
+    names = {
+        "": "look at the first sub-module that differs, not at the whole",
+        "transformer_blocks*": "the blocks differ because what they are given differs; "
+        "which sub-module finishes before them?",
+    }
     images, words = sum(t * h * w for t, h, w in shapes), 9
     rows = f"how many rows has the table that differs? There are {images} image tokens and {words} words"
-    expect(table, "text", {rows: "image"}, where="table")
-    expect(str(letter).strip().upper(), "A", {reason: key for key, reason in CAUSES.items()}, where="cause")
+    expect_finding(
+        finding,
+        "three: the sub-module's name, 'image' or 'text', a letter",
+        name=("pos_embed", names),
+        table=("text", {"image": rows}),
+        cause=("A", CAUSES),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- 02.6

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checks import Wrong, ask, exercise, expect
+from checks import Wrong, ask, exercise, expect, expect_finding
 from minqwen import attention as library
 from minqwen.checkpoint import Checkpoint
 from minqwen.rope import QwenEmbedRope, apply_rotary_emb_qwen
@@ -305,20 +305,25 @@ CAUSES = {
 @exercise("03.5")
 def cause(finding, lengths):
     """(name of the sub-module, letter), and lengths that show the fault."""
-    if not isinstance(finding, tuple | list) or len(finding) != 2:
-        raise Wrong("expected two: the sub-module's name, and a letter")
     fits = isinstance(lengths, list | tuple) and lengths and all(isinstance(n, int) and n > 0 for n in lengths)
     if not fits:
         raise Wrong("lengths should be a list such as [9, 9]")
     if len(set(lengths)) == 1:
         raise Wrong("on texts of one length the two models agree: nothing is padded")
-    name, letter = finding
-    if str(name).removesuffix(".to_add_out") == "transformer_blocks.0.attn":
-        raise Wrong("what comes out of it differs, but a sub-module inside it is the first to differ")
-    look = {"look at the first sub-module that differs, the innermost": "transformer_blocks.0"}
-    look |= {"this agrees still; the next one is the first to differ": "transformer_blocks.0.attn.norm_added_k"}
-    expect(name, "transformer_blocks.0.attn.to_out.0", look, where="name")
-    expect(str(letter).strip().upper(), "A", {reason: key for key, reason in CAUSES.items()}, where="cause")
+    attn = "transformer_blocks.0.attn"
+    outside = "what comes out of it differs, but a sub-module inside it is the first to differ"
+    names = {
+        "transformer_blocks.0": "look at the first sub-module that differs, the innermost",
+        attn: outside,
+        f"{attn}.to_add_out": outside,
+        f"{attn}.norm_added_k": "this agrees still; the next one is the first to differ",
+    }
+    expect_finding(
+        finding,
+        "two: the sub-module's name, and a letter",
+        name=(f"{attn}.to_out.0", names),
+        cause=("A", CAUSES),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- 03.6

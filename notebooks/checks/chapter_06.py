@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checks import Wrong, ask, exercise, expect
+from checks import Wrong, ask, exercise, expect, expect_finding
 from minqwen.checkpoint import Checkpoint
 from minqwen.images import image_to_pixels
 from minqwen.shapes import draw, sample_scene
@@ -221,19 +221,20 @@ CAUSES = {
 @exercise("06.5")
 def cause(finding):
     """(name of the sub-module, letter)."""
-    if not isinstance(finding, tuple | list) or len(finding) != 2:
-        raise Wrong("expected two: the sub-module's name, a letter")
-    name, letter = finding
-    mistakes = {
-        "inside it there is a smaller one that differs already": "down_blocks.5",
-        "it differs because what it is given differs": "down_blocks.5.resample.1",
-        "that one agrees: the fault is in the second halving": "down_blocks.2.resample.0",
-        "look at the first sub-module that differs, not at the whole": "",
+    smaller = "inside it there is a smaller one that differs already"
+    names = {
+        "": "look at the first sub-module that differs, not at the whole",
+        "down_blocks.5": smaller,
+        "down_blocks.5.resample": smaller,
+        "down_blocks.5.resample.1": "it differs because what it is given differs",
+        "down_blocks.2.resample.0": "that one agrees: the fault is in the second halving",
     }
-    if str(name) == "down_blocks.5.resample":
-        raise Wrong("inside it there is a smaller one that differs already (name)")
-    expect(name, "down_blocks.5.resample.0", mistakes, where="name")
-    expect(str(letter).strip().upper(), "C", {reason: key for key, reason in CAUSES.items()}, where="cause")
+    expect_finding(
+        finding,
+        "two: the sub-module's name, a letter",
+        name=("down_blocks.5.resample.0", names),
+        cause=("C", CAUSES),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- 06.6

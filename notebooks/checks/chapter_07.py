@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from checks import Wrong, ask, exercise, expect
+from checks import Wrong, ask, exercise, expect, expect_finding
 from minqwen.checkpoint import Checkpoint
 from minqwen.prompt import EDIT, image_patches, load_tokenizer, tokenize_prompts
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder, read_config
@@ -227,21 +227,24 @@ CAUSES = {
 @exercise("07.4")
 def cause(finding, size):
     """(name of the sub-module, letter), and a (width, height) in pixels that shows the fault."""
-    if not isinstance(finding, tuple | list) or len(finding) != 2:
-        raise Wrong("expected two: the sub-module's name and a letter")
     if not isinstance(size, tuple | list) or len(size) != 2 or not all(isinstance(side, int) for side in size):
         raise Wrong("size should be (width, height) in pixels, such as (112, 112)")
     _, grid = inputs(*size)
     if grid.max() <= 8:
         raise Wrong("at this size the two towers agree: how many windows does the picture have?")
-    name, letter = str(finding[0]).strip().removeprefix("visual."), str(finding[1]).strip().upper()
-    if not name:
-        raise Wrong("look at the first sub-module that differs, not at the whole")
-    if name.startswith("blocks.1.attn") and name != "blocks.1.attn.proj":
-        raise Wrong("qkv agrees; which sub-module of blocks.1.attn is the first to differ?")
-    if name != "blocks.1.attn.proj":
-        raise Wrong(f"{name} is not the first: take the name that first_difference prints")
-    expect(letter, "A", {reason: key for key, reason in CAUSES.items()}, where="cause")
+    if isinstance(finding, tuple | list):  # "visual.blocks..." is the same sub-module, seen from the whole encoder
+        finding = [part.strip().removeprefix("visual.") if isinstance(part, str) else part for part in finding]
+    names = {
+        "": "look at the first sub-module that differs, not at the whole",
+        "blocks.1.attn*": "qkv agrees; which sub-module of blocks.1.attn is the first to differ?",
+        "*": "this is not the first: take the name that first_difference prints",
+    }
+    expect_finding(
+        finding,
+        "two: the sub-module's name and a letter",
+        name=("blocks.1.attn.proj", names),
+        cause=("A", CAUSES),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- 07.5

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from numpy.random import default_rng
 
-from checks import Wrong, ask, exercise, expect
+from checks import Wrong, ask, exercise, expect, expect_finding
 from minqwen.images import pack_latents
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.shapes import sample_edit
@@ -336,8 +336,6 @@ CAUSES = {
 @exercise("08.6")
 def cause(finding, agree, differ):
     """(part, letter); an order of three samples that agrees; an order of two that does not."""
-    if not isinstance(finding, tuple | list) or len(finding) != 2:
-        raise Wrong("expected two: the part that differs and a letter")
     for order, count in ((agree, 3), (differ, 2)):
         fits = isinstance(order, list | tuple) and all(type(n) is int and 0 <= n < 5 for n in order)
         if not fits or len(set(order)) != count or len(order) != count:
@@ -350,6 +348,9 @@ def cause(finding, agree, differ):
         raise Wrong(f"in the order {list(agree)} a sample is wrong: look at the pictures' sizes")
     if all(torch.equal(a, b) for a, b in parts(differ)):
         raise Wrong(f"in the order {list(differ)} both samples are right")
-    part, letter = finding
-    expect(part, "empty", {"the latents are right": "latents", "captions are right": "embeds"}, where="part")
-    expect(str(letter).strip().upper(), "C", {reason: key for key, reason in CAUSES.items()}, where="cause")
+    expect_finding(
+        finding,
+        "two: the part that differs and a letter",
+        part=("empty", {"latents": "the latents are right", "embeds": "captions are right"}),
+        cause=("C", CAUSES),
+    )

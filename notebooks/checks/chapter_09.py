@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.random import default_rng
 from torch import nn
 
-from checks import Wrong, ask, exercise, expect
+from checks import Wrong, ask, exercise, expect, expect_finding
 from course import TINY
 from minqwen.checkpoint import Checkpoint
 from minqwen.difference import record
@@ -269,18 +269,22 @@ CAUSES = {
 @exercise("09.5")
 def cause(finding, shapes, count):
     """(name of the sub-module, letter); shapes that show the fault; how many tokens it counts for 4×4 and 6×8."""
-    if not isinstance(finding, tuple | list) or len(finding) != 2:
-        raise Wrong("expected two: the sub-module's name and a letter")
-    name, letter = finding
     if not (isinstance(shapes, list) and shapes and all(isinstance(s, tuple) and len(s) == 3 for s in shapes)):
         raise Wrong("shapes should be a list such as [(1, 4, 4)]")
     if len(shapes) == 1:
         raise Wrong("on these shapes the two samplers agree: what does an edit have that a drawing has not?")
-    if str(name).startswith("transformer"):
-        raise Wrong("the transformer differs because what it is given differs; which part finishes before it?")
-    where_from = "that part differs because its inputs do; name the first of all"
-    expect(name, "schedule", {where_from: "step", where_from + ".": "guidance"}, where="name")
-    expect(str(letter).strip().upper(), "A", {reason: key for key, reason in CAUSES.items()}, where="cause")
+    downstream = "that part differs because its inputs do; name the first of all"
+    names = {
+        "transformer*": "the transformer differs because what it is given differs; which part finishes before it?",
+        "step": downstream,
+        "guidance": downstream,
+    }
+    expect_finding(
+        finding,
+        "two: the sub-module's name and a letter",
+        name=("schedule", names),
+        cause=("A", CAUSES),
+    )
     counts = {"that is the target alone, which would be right": 16, "that is the reference alone": 48}
     expect(count, 64, counts, tolerance=0.5, where="tokens")
 

@@ -6,7 +6,7 @@ from functools import cache
 import numpy
 import torch
 
-from checks import LIBRARY, Wrong, ask, exercise, expect
+from checks import LIBRARY, Wrong, ask, exercise, expect, expect_finding
 from minqwen.checkpoint import Checkpoint
 from minqwen.lora import adapters, load_lora
 from minqwen.shapes import sample_edit
@@ -183,15 +183,17 @@ CAUSES = {
 @exercise("10.5")
 def cause(finding):
     """(name of the first sub-module that differs, letter)."""
-    if not isinstance(finding, tuple | list) or len(finding) != 2:
-        raise Wrong("expected two: the sub-module's name and a letter, such as ('img_in', 'B')")
-    name, letter = finding
-    if str(name) in ("", "transformer_blocks.0", "transformer_blocks.0.attn"):
-        raise Wrong("that is a whole of several parts: which part of it is the first to differ?")
-    if str(name).endswith(("lora_A", "lora_B")):
-        raise Wrong("a part that only one of the two models has cannot differ: which layer holds it?")
-    expect(name, "transformer_blocks.0.attn.add_q_proj", where="name")
-    expect(str(letter).strip().upper(), "A", {reason: key for key, reason in CAUSES.items()}, where="cause")
+    whole = "that is a whole of several parts: which part of it is the first to differ?"
+    names = dict.fromkeys(("", "transformer_blocks.0", "transformer_blocks.0.attn"), whole)
+    names |= dict.fromkeys(
+        ("*lora_A", "*lora_B"), "a part that only one of the two models has cannot differ: which layer holds it?"
+    )
+    expect_finding(
+        finding,
+        "two: the sub-module's name and a letter, such as ('img_in', 'B')",
+        name=("transformer_blocks.0.attn.add_q_proj", names),
+        cause=("A", CAUSES),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- 10.6
