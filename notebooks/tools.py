@@ -8,6 +8,7 @@ nothing, says what is out of date, and ends with 1 if anything is.
 import argparse
 import ast
 import copy
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -60,10 +61,11 @@ def cell_text(head: re.Match, library: Path = LIBRARY) -> str:
     names = [name.strip() for name in head[2].split(",")]
     if unknown := [name for name in names if name not in there]:
         raise KeyError(f"minqwen/{head[1]}.py defines no {', '.join(unknown)}")
-    gap = lambda name: "\n\n\n" if "\n" in there[name] else "\n"  # noqa: E731
-    return f"# minqwen/{head[1]}.py: {', '.join(names)}" + "".join(
-        ("\n" if k == 0 else gap(name)) + there[name] for k, name in enumerate(names)
-    )
+    text = f"# minqwen/{head[1]}.py: {', '.join(names)}\n{there[names[0]]}"
+    for before, name in itertools.pairwise(names):
+        short = "\n" not in there[before] + there[name]  # constants of one line stand together
+        text += ("\n" if short else "\n\n\n") + there[name]
+    return text
 
 
 def sync(notebook, chapter: str, library: Path = LIBRARY) -> tuple[object, list[str]]:

@@ -15,7 +15,7 @@ import numpy as np
 from minqwen.shapes import HELD_BACK, KINDS, sample_edit
 
 SEED = 5 * 10**8
-COUNTS = {HELD_BACK: 96} | dict.fromkeys(KINDS, 8) | {"swap": 32}  # swap is nearest to mirror, and suffers most
+COUNTS = {HELD_BACK: 96} | dict.fromkeys(KINDS, 8) | {"swap": 48}  # swap is nearest to mirror, and suffers most
 
 
 def make(folder: Path, counts: dict[str, int] = COUNTS) -> None:

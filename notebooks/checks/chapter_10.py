@@ -79,6 +79,7 @@ def merged(answer):
         wrong = {
             "the scale is missing: alpha over rank": (weight.float() + B @ A).to(dtype),
             "alpha alone is not the scale: divide by the rank": (weight.float() + alpha * (B @ A)).to(dtype),
+            "divided by the outputs: the rank is A's first size": (weight.float() + alpha / m * (B @ A)).to(dtype),
             "rank over alpha; it is the other way round": (weight.float() + rank / alpha * (B @ A)).to(dtype),
             "this is the update without the weight": update.to(dtype),
         }  # fmt: skip
