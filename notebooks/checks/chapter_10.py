@@ -130,7 +130,7 @@ def layer_of(answer):
             raise Wrong(f"{key} belongs to no layer of this model, and you say {got!r}: give None")
         if "lora_unet_" in key and got is not None and got not in layers:
             raise Wrong(f"{key}: underscores cannot be split by rule, {got!r} is no layer; look names up")
-        form = next((f for f in ("lora_unet_", "default", "alpha", "base_model.model.", "diffusion_model.", "lora_up",
+        form = next((f for f in ("alpha", "lora_unet_", "default", "base_model.model.", "diffusion_model.", "lora_up",
                                  "lora_down", "lora_B", "transformer.transformer_blocks") if f in key), "a plain key")
         raise Wrong(f"{key} belongs to {name}, and you say {got!r}: look at the form with {form}")  # fmt: skip
 
