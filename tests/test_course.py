@@ -118,6 +118,7 @@ def test_outputs_are_committed_small_and_quiet(path):
     outputs = [output for cell in code(path) for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert not [o for o in outputs if o.get("name") == "stdout" and re.search(r"Warning|it/s\]", o.text)]
+    assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]  # a bar at 0 %
 
 
 # --------------------------------------------------------------------------------------------------- exercises
