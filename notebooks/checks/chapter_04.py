@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.random import default_rng
 
-from checks import Wrong, ask, exercise, expect
+from checks import Wrong, ask, exercise, expect, expect_finding
 from minqwen.block import QwenImageTransformerBlock, _modulate, clip_fp16
 from minqwen.checkpoint import Checkpoint
 from minqwen.pipeline import QwenImagePipeline
@@ -240,17 +240,20 @@ CAUSES = {
 @exercise("04.4")
 def cause(finding):
     """(block, sub-module, letter)."""
-    if not isinstance(finding, tuple | list) or len(finding) != 3:
-        raise Wrong("expected three: the number of the block, the sub-module's name inside it, a letter")
-    number, name, letter = finding
-    nxt = {"block 4 differs because what it is given differs; which sub-module is the first?": 4}
-    expect(number, 3, nxt, where="block")
-    name = str(name).removeprefix("transformer_blocks.3.")
-    agree = "that one agrees still; it is the last that does, not the first that differs"
-    wrong = {agree: "txt_norm2", "that is the whole; name the innermost sub-module that the finder prints": "txt_mlp",
-             "the image stream of this block agrees": "img_mlp.net.0.proj"}  # fmt: skip
-    expect(name, "txt_mlp.net.0.proj", wrong, where="sub-module")
-    expect(str(letter).strip().upper(), "C", {reason: key for key, reason in CAUSES.items()}, where="cause")
+    if isinstance(finding, tuple | list):  # the finder prints the block's number within the name
+        finding = [str(part).strip().removeprefix("transformer_blocks.3.") for part in finding]
+    names = {
+        "txt_norm2": "that one agrees still; it is the last that does, not the first that differs",
+        "txt_mlp": "that is the whole; name the innermost sub-module that the finder prints",
+        "img_mlp.net.0.proj": "the image stream of this block agrees",
+    }
+    expect_finding(
+        finding,
+        "three: the number of the block, the sub-module's name inside it, a letter",
+        block=("3", {"4": "block 4 differs because what it is given differs; which sub-module is the first?"}),
+        name=("txt_mlp.net.0.proj", names),
+        cause=("C", CAUSES),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- 04.5
