@@ -6,6 +6,7 @@ library's own code handed in; it says "not attempted yet" of an empty stub; a wr
 
 import functools
 import sys
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -107,6 +108,14 @@ def expect(got, want, wrong: dict | None = None, tolerance: float = 1e-5, where:
         f"{int((apart > tolerance).sum())} of {want.numel()} numbers differ; the first at {list(place)}: "
         f"yours {got[place].item():.6g}, expected {want[place].item():.6g}{where}"
     )
+
+
+def expect_five(answer, right: tuple, wrong: list[dict], names: Sequence[str], tolerance: float = 1e-5) -> None:
+    """Raise `Wrong` unless a prediction holds these five numbers; wrong: of each, diagnosis -> what it gives."""
+    if not isinstance(answer, tuple | list) or len(answer) != 5:
+        raise Wrong(f"expected five numbers, got {str(answer)[:60]}")
+    for got, want, mistakes, name in zip(answer, right, wrong, names, strict=True):
+        expect(got, want, mistakes, tolerance, name)
 
 
 def expect_finding(finding, form: str, **parts: tuple[str, dict[str, str]]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checks import Wrong, ask, exercise, expect, expect_finding
+from checks import Wrong, ask, exercise, expect, expect_finding, expect_five
 from minqwen.checkpoint import Checkpoint
 from minqwen.rope import QwenEmbedRope
 from minqwen.transformer import QwenImageTransformer2DModel
@@ -39,8 +39,6 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool =
 @exercise("02.1")
 def places(answer):
     """Five positions of a sequence of (1, 7, 10), (1, 5, 4), (1, 12, 9) and 20 words."""
-    if not isinstance(answer, tuple | list) or len(answer) != 5:
-        raise Wrong(f"expected five numbers, got {str(answer)[:60]}")
     wrong = [
         {"this counts from the corner, not from the middle": 0, "this is ComfyUI's middle, one off for odd grids": -3},
         {"this counts from the corner, not from the middle": 9, "with ten columns the last is 10//2 - 1": 5},
@@ -51,8 +49,7 @@ def places(answer):
     ]  # fmt: skip
     names = ["first row of the target", "last column of the target", "frame of the second reference"]
     names += ["first word", "last word"]
-    for got, want, mistakes, name in zip(answer, (-4, 4, 2, 6, 25), wrong, names, strict=True):
-        expect(got, want, mistakes, where=name)
+    expect_five(answer, (-4, 4, 2, 6, 25), wrong, names)
 
 
 # ---------------------------------------------------------------------------------------------------- 02.2

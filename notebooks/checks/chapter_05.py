@@ -11,7 +11,7 @@ from numpy.random import default_rng
 from safetensors.torch import save
 from torch import nn
 
-from checks import Wrong, ask, exercise, expect
+from checks import Wrong, ask, exercise, expect, expect_five
 from minqwen.checkpoint import Checkpoint
 from minqwen.images import pack_latents
 from minqwen.pipeline import QwenImagePipeline, join_prompts
@@ -27,8 +27,6 @@ TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 @exercise("05.1")
 def sizes(answer):
     """Five numbers about tokens and bytes."""
-    if not isinstance(answer, tuple | list) or len(answer) != 5:
-        raise Wrong(f"expected five numbers, got {str(answer)[:60]}")
     wrong = [
         {"a token is 16 pixels wide, not 8: the packing takes 2×2 latents": 13824, "pixels, not tokens": 768 * 1152},
         {"the references are read too": 4056, "both references are read": 8152},
@@ -39,8 +37,7 @@ def sizes(answer):
     ]  # fmt: skip
     names = ["tokens of the drawing", "image tokens read by the edit", "rows kept", "bytes of txt_in.weight"]
     names += ["first byte of the tensor"]
-    for got, want, mistakes, name in zip(answer, (3456, 12248, 4056, 22020096, 3048), wrong, names, strict=True):
-        expect(got, want, mistakes, where=name)
+    expect_five(answer, (3456, 12248, 4056, 22020096, 3048), wrong, names)
 
 
 # ---------------------------------------------------------------------------------------------------- 05.2

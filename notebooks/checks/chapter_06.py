@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checks import Wrong, ask, exercise, expect, expect_finding
+from checks import Wrong, ask, exercise, expect, expect_finding, expect_five
 from minqwen.checkpoint import Checkpoint
 from minqwen.images import image_to_pixels
 from minqwen.shapes import draw, sample_scene
@@ -22,8 +22,6 @@ TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 @exercise("06.1")
 def numbers(answer):
     """Width, height, tokens of a 3840 x 2160 photo; a number in a token; weights that act."""
-    if not isinstance(answer, tuple | list) or len(answer) != 5:
-        raise Wrong(f"expected five numbers, got {str(answer)[:60]}")
     wrong = [
         {"round to the nearest step of 32, not down": 1344, "that rounds to 16; the working size has steps of 32": 1360,
          "round to a step of 32": 1365, "that is the height": 768},
@@ -36,8 +34,7 @@ def numbers(answer):
          "those are the silent ones": 48 * 48 * 18},
     ]  # fmt: skip
     names = ("width", "height", "tokens", "number in the token", "weights that act")
-    for got, want, mistakes, name in zip(answer, (1376, 768, 4128, 22, 48 * 48 * 9), wrong, names, strict=True):
-        expect(got, want, mistakes, where=name)
+    expect_five(answer, (1376, 768, 4128, 22, 48 * 48 * 9), wrong, names)
 
 
 # ---------------------------------------------------------------------------------------------------- 06.2

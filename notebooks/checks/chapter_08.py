@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from numpy.random import default_rng
 
-from checks import Wrong, ask, exercise, expect, expect_finding
+from checks import Wrong, ask, exercise, expect, expect_finding, expect_five
 from minqwen.images import pack_latents
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.shapes import sample_edit
@@ -30,8 +30,6 @@ def pipeline() -> QwenImagePipeline:
 @exercise("08.1")
 def sizes(answer):
     """Five numbers of a 1920×1080 photo at the released working size."""
-    if not isinstance(answer, tuple | list) or len(answer) != 5:
-        raise Wrong(f"expected five numbers, got {str(answer)[:60]}")
     wrong = [
         {"both sides are rounded to multiples of 32": 1365, "multiples of 32, not of 16": 1360,
          "the working size has 1024² pixels, the photo has more": 1920},
@@ -45,8 +43,7 @@ def sizes(answer):
     ]  # fmt: skip
     names = ["working width", "working height", "bytes of the latents"]
     names += ["tokens of the picture", "tokens of the empty prompt"]
-    for got, want, mistakes, name in zip(answer, (1376, 768, 528384, 1323, 1331), wrong, names, strict=True):
-        expect(got, want, mistakes, where=name)
+    expect_five(answer, (1376, 768, 528384, 1323, 1331), wrong, names)
 
 
 # ---------------------------------------------------------------------------------------------------- 08.2
