@@ -98,8 +98,8 @@ def mean_velocity(x, sigma, pictures, power=0.5, all_alike=False, nearest=False,
 @exercise("09.3")
 def best_velocity(answer):
     """best_velocity(x, sigma, pictures) at high and at low noise."""
-    for sigma in (0.02, 1.0, 0.7, 0.4, random.uniform(0.3, 0.9)):
-        B, K, D = random.randint(2, 5), random.randint(2, 6), random.randint(1, 6)
+    for sigma in (1.0, 0.7, random.uniform(0.5, 0.9), 0.02):
+        B, K, D = random.randint(5, 7), random.randint(3, 6), random.randint(1, 3)
         pictures = torch.randn(K, D, dtype=torch.float64)
         x = (1 - sigma) * pictures[torch.randint(K, (B,))] + max(sigma, 0.4) * torch.randn(B, D, dtype=torch.float64)
         x[0] = pictures.amax(0) + 2  # off all pictures: at low noise every density rounds to 0
