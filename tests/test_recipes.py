@@ -21,9 +21,9 @@ import train_vae  # noqa: E402
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A checkpoint from nothing, with four thousandths of the recipe's steps."""
+    """A checkpoint from nothing, with three quarters of a hundredth of the steps."""
     folder = tmp_path_factory.mktemp("tiny")
-    words = ["--share", "0.004", "--runs", str(folder), "--out", str(folder / "tiny"), "--device", "cpu"]
+    words = ["--share", "0.0075", "--runs", str(folder), "--out", str(folder / "tiny"), "--device", "cpu"]
     make_tiny.make(make_tiny.parser().parse_args([*words, "--no-estimate"]))
     return folder
 
@@ -56,11 +56,21 @@ def test_the_loss_falls(made, log, column):
 
 
 def test_make_tiny_goes_on_where_it_was_cut_off(made, capsys):
-    words = ["--share", "0.004", "--runs", str(made), "--out", str(made / "again"), "--device", "cpu", "--no-estimate"]
+    words = ["--share", "0.0075", "--runs", str(made), "--out", str(made / "again"), "--device", "cpu", "--no-estimate"]
     make_tiny.make(make_tiny.parser().parse_args(words))
     assert capsys.readouterr().out.count("done before") == 4
     name = "transformer/diffusion_pytorch_model.safetensors"
     assert (made / "again" / name).read_bytes() == (made / "tiny" / name).read_bytes()
+
+
+@pytest.mark.parametrize("module", [train_vae, train_transformer])
+def test_the_stored_logs_are_of_runs_as_long_as_the_recipe_says(module):
+    for phase, steps in module.STEPS.items():
+        name = "vae" if module is train_vae else "transformer"
+        with (ROOT / f"data/recipes/log_{name}_{phase}.csv").open() as file:
+            last = list(csv.DictReader(file))[-1]
+        batch = module.parser().parse_args([phase]).batch
+        assert int(last.get("step") or int(last["samples"]) / batch) == steps
 
 
 CASES = {

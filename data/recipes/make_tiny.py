@@ -25,24 +25,25 @@ PHASES = [
 ]
 
 
-def arguments(module, phase: str, steps: int, runs: Path, args: argparse.Namespace, *more: str) -> argparse.Namespace:
-    words = [phase, "--steps", str(steps), "--runs", str(runs), "--device", args.device, *more]
-    return module.parser().parse_args(words + (["--compile"] if args.compile else []))
+def arguments(module, phase: str, steps: int, runs: Path, device: str, *more: str) -> argparse.Namespace:
+    return module.parser().parse_args([phase, "--steps", str(steps), "--runs", str(runs), "--device", device, *more])
 
 
 def rehearse(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds a step of each phase on this machine, from a few steps in a folder that is thrown away."""
+    """Seconds a step of each phase on this machine, not compiled, from a few steps in a folder that is thrown away."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder)
         make_tokenizer.save(make_tokenizer.build(), runs / "tokenizer")
         for module, phase in PHASES:
             more = ["--pool", "1", "--check-every", "0"] if module is train_transformer else []
-            for steps in (2, 8):  # the first steps are slow, so only the later ones count
+            took = []
+            for steps in (8, 16, 32):  # 8 steps, 8 more, 16 more: the last two differ by 8 steps and nothing else
                 start = time.time()
                 with contextlib.redirect_stdout(io.StringIO()):
-                    module.train(arguments(module, phase, steps, runs, args, *more))
-            seconds[phase] = (time.time() - start) / 6
+                    module.train(arguments(module, phase, steps, runs, args.device, *more))
+                took.append(time.time() - start)
+            seconds[phase] = max(0.0, took[2] - took[1]) / 8
     return seconds
 
 
@@ -51,19 +52,21 @@ def make(args: argparse.Namespace) -> None:
     if not args.no_estimate:
         print("Trying each phase for a few steps, to say how long the whole will take.", flush=True)
         seconds = rehearse(args)
-        hours = {phase: steps[phase] * seconds[phase] / 3600 for phase in steps}
-        parts = ", ".join(f"{phase} {60 * h:.1f}" for phase, h in hours.items())
-        total = sum(hours.values())
-        print(f"About {60 * total:.0f} minutes on this machine ({args.device}), alone on it: {parts}.", flush=True)
+        left = [phase for phase in steps if not (args.runs / f"{phase}.done").exists()]
+        minutes = {phase: steps[phase] * seconds[phase] / 60 for phase in left}
+        parts = ", ".join(f"{phase} {part:.0f}" for phase, part in minutes.items())
+        less = "; less, as --compile was asked for" if args.compile else ""
+        total = f"About {sum(minutes.values()):.0f} minutes on this machine ({args.device}), alone on it{less}"
+        print(f"{total}: {parts}.", flush=True)
     make_tokenizer.save(make_tokenizer.build(), args.runs / "tokenizer")
     for module, phase in PHASES:
         if (done := args.runs / f"{phase}.done").exists():
             print(f"{phase}: done before", flush=True)
             continue
-        more = []
+        more = ["--compile"] if args.compile else []
         if args.share < 0.1 and module is train_transformer:
-            more = ["--pool", "2", "--check-every", "0"]
-        module.train(arguments(module, phase, steps[phase], args.runs, args, *more))
+            more += ["--pool", "2", "--check-every", "0"]
+        module.train(arguments(module, phase, steps[phase], args.runs, args.device, *more))
         done.touch()
     export(args.out, args.runs)
     print(f"Wrote {args.out}; the logs are in {args.runs}.")
@@ -82,4 +85,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    make(parser().parse_args())
+    try:
+        make(parser().parse_args())
+    except KeyboardInterrupt:
+        raise SystemExit("\nmake_tiny: interrupted; run it again to go on") from None

@@ -30,8 +30,9 @@ from minqwen.text_encoder import Qwen2_5_VLTextEncoder, mrope_positions
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vision import rotate
 
-STEPS = {"small": 10800, "full": 24000}  # what the shipped weights took
+STEPS = {"small": 3200, "full": 17600}
 RATES = {"small": 2e-3, "full": 1.5e-3}
+DECAYS = {"small": 0.1, "full": 0.5}  # the last share of the steps, in which the rate falls to 0
 WORLDS = {"small": SMALL, "full": WORLD}
 DRAWN = {"small": 0.4, "full": 0.25}  # the share of batches that draw instead of edit
 HARD = {"swap": 3, "recolour": 2, "shape": 2}  # in the full world these come two or three times as often as the rest
@@ -135,7 +136,8 @@ def sample_batch(
     kinds = [kind for kind in world.kinds for _ in range(HARD.get(kind, 1) if world == WORLD else 1)]
     edits = [sample_drawing(rng, world) if draw else sample_edit(rng, pick(rng, kinds), world) for _ in range(size)]
     dropped = rng.random(size) < no_caption
-    words = [chatty(rng, e.instruction) if world == WORLD else e.instruction for e in edits]
+    noisy = world == WORLD and rng.random() < 0.2
+    words = [chatty(rng, e.instruction) if noisy else e.instruction for e in edits]
     prompts = [" " if drop else text for text, drop in zip(words, dropped, strict=True)]
     target = encode(pictures([e.target_scene for e in edits]))
     if draw:
@@ -145,10 +147,8 @@ def sample_batch(
     return Batch(tokens, target, source, torch.stack([changed_tokens(e) for e in edits]))
 
 
-def chatty(rng: np.random.Generator, instruction: str, share: float = 0.2) -> str:
-    """Some instructions with one to three words of random letters among theirs: unknown words should do no harm."""
-    if rng.random() > share:
-        return instruction
+def chatty(rng: np.random.Generator, instruction: str) -> str:
+    """The instruction with one to three words of random letters among its own: unknown words should do no harm."""
     words = instruction.split(" ")
     for _ in range(int(rng.integers(1, 4))):
         letters = "".join(chr(97 + k) for k in rng.integers(0, 26, int(rng.integers(2, 8))))
@@ -293,7 +293,7 @@ def train(args: argparse.Namespace) -> None:
     average.load_state_dict(net.state_dict())
     average.requires_grad_(False)
     opts = optimizers(net, lr)
-    drawn = DRAWN[args.phase] if args.draw is None else args.draw
+    drawn, decay = DRAWN[args.phase], DECAYS[args.phase]
     world, path = WORLDS[args.phase], runs / f"transformer_{args.phase}.pt"
     run = Run(path, {"net": net, "average": average} | opts, rng)
     if not run.resume() and args.phase == "full":
@@ -304,7 +304,9 @@ def train(args: argparse.Namespace) -> None:
     log = Log(runs / f"log_transformer_{args.phase}.csv", fields)
 
     mode = lambda x: vae.encode(x).mode()  # noqa: E731
-    mode = torch.compile(mode, dynamic=False) if args.compile else mode
+    if args.compile:
+        mode = torch.compile(mode, dynamic=False)
+        net["transformer"].compile(dynamic=True)
 
     @torch.no_grad()
     def encode(x: Tensor) -> Tensor:
@@ -321,7 +323,7 @@ def train(args: argparse.Namespace) -> None:
         for _ in range(args.reuse):
             for index in rng.permutation(len(pool)):
                 batch = pool[index].to(args.device)
-                rate = lr * min(1, (run.step + 1) / 100, max(0.01, (1 - run.step / steps) / args.decay))
+                rate = lr * min(1, (run.step + 1) / 100, max(0.01, (1 - run.step / steps) / decay))
                 for opt in opts.values():
                     opt.param_groups[0]["lr"] = rate
                 loss = loss_of(net, batch, args.shift, args.changed_weight)
@@ -354,19 +356,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="by default " + ", ".join(f"{k} {v}" for k, v in STEPS.items()))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, help="by default " + ", ".join(f"{k} {v}" for k, v in RATES.items()))
-    parser.add_argument("--decay", type=float, default=0.5, help="the last share of the steps, in which lr falls to 0")
-    parser.add_argument(
-        "--draw",
-        type=float,
-        help="the share of batches that draw: by default " + ", ".join(f"{k} {v}" for k, v in DRAWN.items()),
-    )
     parser.add_argument("--shift", type=float, default=3.0, help="pushes training towards high noise")
     parser.add_argument("--changed-weight", type=float, default=3.0, help="loss weight of tokens that an edit changes")
     parser.add_argument("--average", type=float, default=0.999, help="moving average of the weights")
     parser.add_argument("--pool", type=int, default=40, help="batches that are encoded at a time")
-    parser.add_argument("--reuse", type=int, default=6, help="times that each is used")
-    parser.add_argument("--check-every", type=int, default=4, help="pools between measurements of accuracy, 0: none")
-    parser.add_argument("--compile", action="store_true", help="compile the encoder: faster, needs a C++ compiler")
+    parser.add_argument("--reuse", type=int, default=8, help="times that each is used")
+    parser.add_argument("--check-every", type=int, default=3, help="pools between measurements of accuracy, 0: none")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
     parser.add_argument("--device", default=device())
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs")
     parser.add_argument("--seed", type=int, default=0)

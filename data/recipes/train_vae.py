@@ -18,7 +18,7 @@ from tqdm import tqdm
 from minqwen.shapes import WORLD, sample_scene
 from minqwen.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock
 
-STEPS = {"joint": 2537, "decoder": 4024}  # what the shipped weights took
+STEPS = {"joint": 5000, "decoder": 5000}
 CONFIG = {"base_dim": 16, "z_dim": 16, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
 
 
