@@ -88,7 +88,6 @@ CHINESE = {
     "cyan": "青色", "white": "白色", "black": "黑色", "gray": "灰色", "pink": "粉色", "brown": "棕色",
 }
 KINDS = ("recolour", "remove", "add", "background", "shape", "move", "swap")
-SPARE = "around give have outline 加上 描出 用 给 边框"  # no phrase uses these, but the shipped tokenizer has them
 HELD_BACK = "mirror"  # a kind of edit that the shipped checkpoint was never shown: the fine-tune teaches it
 # What a reference may name. The place is always enough; the others only while nothing else in the scene fits.
 REFERENCES = (("shape",), ("colour",), ("colour", "shape"), ("place",), ("shape", "place"))
@@ -246,7 +245,7 @@ def vocabulary() -> list[str]:
     text = " ".join([*phrases, *SHAPES, *PLACES, *COLOURS, *BACKGROUNDS, *CHINESE.values()])
     for mark in "{}，,":
         text = text.replace(mark, f" {mark} ")
-    words = text.split() + "a an and nothing shape 图形 的 和".split() + SPARE.split()
+    words = text.split() + "a an and nothing shape 图形 的 和".split()
     return sorted({word for word in words if word not in "{}，,"})
 
 

@@ -30,9 +30,10 @@ from minqwen.text_encoder import Qwen2_5_VLTextEncoder, mrope_positions
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vision import rotate
 
-STEPS = {"small": 3200, "full": 17600}
+STEPS = {"small": 3200, "full": 24320}
 RATES = {"small": 2e-3, "full": 1.5e-3}
-DECAYS = {"small": 0.1, "full": 0.5}  # the last share of the steps, in which the rate falls to 0
+CYCLES = {"small": 1, "full": 2}  # how often the rate rises and falls
+DECAYS = {"small": 0.1, "full": 0.5}  # the last share of a cycle, in which the rate falls to 0
 WORLDS = {"small": SMALL, "full": WORLD}
 DRAWN = {"small": 0.4, "full": 0.25}  # the share of batches that draw instead of edit
 HARD = {"swap": 3, "recolour": 2, "shape": 2}  # in the full world these come two or three times as often as the rest
@@ -284,6 +285,13 @@ def optimizers(net: nn.ModuleDict, lr: float) -> nn.Module:
     }
 
 
+def rate_share(step: int, steps: int, cycles: int, decay: float) -> float:
+    """The learning rate as a share of its height: in each cycle 100 steps of warm-up, level, then linearly to 0."""
+    period = steps / cycles
+    step -= period * min(cycles - 1, step // period)  # steps beyond the last stay in the last cycle
+    return min(1, (step + 1) / 100, max(0.01, (1 - step / period) / decay))
+
+
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
@@ -293,7 +301,7 @@ def train(args: argparse.Namespace) -> None:
     average.load_state_dict(net.state_dict())
     average.requires_grad_(False)
     opts = optimizers(net, lr)
-    drawn, decay = DRAWN[args.phase], DECAYS[args.phase]
+    drawn = DRAWN[args.phase]
     world, path = WORLDS[args.phase], runs / f"transformer_{args.phase}.pt"
     run = Run(path, {"net": net, "average": average} | opts, rng)
     if not run.resume() and args.phase == "full":
@@ -323,7 +331,7 @@ def train(args: argparse.Namespace) -> None:
         for _ in range(args.reuse):
             for index in rng.permutation(len(pool)):
                 batch = pool[index].to(args.device)
-                rate = lr * min(1, (run.step + 1) / 100, max(0.01, (1 - run.step / steps) / decay))
+                rate = lr * rate_share(run.step, steps, CYCLES[args.phase], DECAYS[args.phase])
                 for opt in opts.values():
                     opt.param_groups[0]["lr"] = rate
                 loss = loss_of(net, batch, args.shift, args.changed_weight)
