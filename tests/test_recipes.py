@@ -21,9 +21,9 @@ import train_vae  # noqa: E402
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A checkpoint from nothing, with three quarters of a hundredth of the steps."""
+    """A checkpoint from nothing, with half a hundredth of the steps."""
     folder = tmp_path_factory.mktemp("tiny")
-    words = ["--share", "0.0075", "--runs", str(folder), "--out", str(folder / "tiny"), "--device", "cpu"]
+    words = ["--share", "0.005", "--runs", str(folder), "--out", str(folder / "tiny"), "--device", "cpu"]
     make_tiny.make(make_tiny.parser().parse_args([*words, "--no-estimate"]))
     return folder
 
@@ -59,7 +59,7 @@ def test_the_loss_falls(made, log, column, untrained):
 
 
 def test_make_tiny_goes_on_where_it_was_cut_off(made, capsys):
-    words = ["--share", "0.0075", "--runs", str(made), "--out", str(made / "again"), "--device", "cpu", "--no-estimate"]
+    words = ["--share", "0.005", "--runs", str(made), "--out", str(made / "again"), "--device", "cpu", "--no-estimate"]
     make_tiny.make(make_tiny.parser().parse_args(words))
     assert capsys.readouterr().out.count("done before") == 4
     name = "transformer/diffusion_pytorch_model.safetensors"
