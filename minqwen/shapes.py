@@ -58,6 +58,20 @@ PHRASES = {
              "on a {colour} background, {things}", "a {colour} picture with {things}"),
     "mirror": ("mirror the picture", "mirror the picture from left to right", "flip the picture from left to right",
                "flip the picture", "the picture should be mirrored", "I would like the picture to be mirrored"),
+    # {it} is in one picture and goes onto the other, here, where it stood or at the {place} that is named.
+    "combine": ("put {it} of Picture {there} on Picture {here}", "add {it} of Picture {there} to Picture {here}",
+                "copy {it} from Picture {there} to Picture {here}", "on Picture {here}, put {it} of Picture {there}",
+                "take {it} from Picture {there} and put it on Picture {here}",
+                "Picture {here} should have {it} of Picture {there}", "{it} of Picture {there} should be on Picture "
+                "{here}", "I would like {it} of Picture {there} to be on Picture {here}"),
+    "combine at": ("put {it} of Picture {there} in the {place} of Picture {here}",
+                   "add {it} of Picture {there} at the {place} of Picture {here}",
+                   "copy {it} from Picture {there} to the {place} of Picture {here}",
+                   "at the {place} of Picture {here}, put {it} of Picture {there}",
+                   "take {it} from Picture {there} and put it in the {place} of Picture {here}",
+                   "Picture {here} should have {it} of Picture {there} at its {place}",
+                   "{it} of Picture {there} should be at the {place} of Picture {here}",
+                   "I would like {it} of Picture {there} to be at the {place} of Picture {here}"),
 }
 CHINESE_PHRASES = {
     "recolour": ("把{it}变成{colour}", "将{it}改为{colour}"),
@@ -69,6 +83,8 @@ CHINESE_PHRASES = {
     "swap": ("交换{it}和{other}", "把{it}和{other}对调"),
     "draw": ("{colour}背景上有{things}", "画{things}，背景是{colour}"),
     "mirror": ("左右翻转图片", "把图片左右镜像"),
+    "combine": ("把图{there}里的{it}放到图{here}上", "在图{here}上加上图{there}的{it}"),
+    "combine at": ("把图{there}里的{it}放到图{here}的{place}", "在图{here}的{place}加上图{there}的{it}"),
 }
 # No training sees these: what an instruction does that nobody has thought of.
 UNSEEN_PHRASES = {
@@ -80,6 +96,10 @@ UNSEEN_PHRASES = {
     "move": ("I want {it} to be at the {place}", "please move {it} so that it is at the {place}"),
     "swap": ("I want {it} and {other} to swap places", "could you let {it} switch places with {other}?"),
     "draw": ("I want {things} on a {colour} background", "please paint {things}, on {colour}"),
+    "combine": ("I want {it} of Picture {there} on Picture {here}",
+                "could you please draw {it} of Picture {there} on Picture {here} too?"),
+    "combine at": ("I want {it} of Picture {there} at the {place} of Picture {here}",
+                   "could you draw {it} of Picture {there} for me in the {place} of Picture {here}?"),
 }
 CHINESE = {
     "circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形", "heart": "心形",
@@ -89,6 +109,7 @@ CHINESE = {
 }
 KINDS = ("recolour", "remove", "add", "background", "shape", "move", "swap")
 HELD_BACK = "mirror"  # a kind of edit that the shipped checkpoint was never shown: the fine-tune teaches it
+COMBINE = "combine"  # of two pictures: data/tiny's edit_plus_lora.safetensors has learned it, KINDS are of one picture
 # What a reference may name. The place is always enough; the others only while nothing else in the scene fits.
 REFERENCES = (("shape",), ("colour",), ("colour", "shape"), ("place",), ("shape", "place"))
 
@@ -136,6 +157,10 @@ class Scene:
 
     def empty_places(self) -> list[str]:
         return [place for place in PLACES if self.at(place) is None]
+
+    def content(self) -> tuple:
+        """What a person would say of it: all but sizes and offsets."""
+        return self.background, tuple((thing.place, thing.shape, thing.colour) for thing in self.things)
 
     def with_things(self, *things: Thing) -> "Scene":
         """The same background with these things instead."""
@@ -254,17 +279,26 @@ def vocabulary() -> list[str]:
 
 @dataclass(frozen=True)
 class Edit:
-    """A task: a scene (None: draw from words alone), an instruction, and the scene that should come out."""
+    """A task: a scene (None: draw from words alone), an instruction, and the scene that should come out.
+
+    Of a two-picture edit `scenes` are both, Picture 1 and Picture 2; `scene` is the one of them that changes.
+    """
 
     kind: str
     scene: Scene | None
     instruction: str
     target_scene: Scene
     jitter: int = 0  # that of its world: the freedom that the judge gives a thing whose place is new
+    scenes: tuple[Scene, ...] = ()
 
     @cached_property
     def source(self) -> Image.Image | None:
         return draw(self.scene) if self.scene else None
+
+    @cached_property
+    def sources(self) -> list[Image.Image]:
+        """The pictures that the model is given, in their order; none for a drawing."""
+        return [draw(scene) for scene in self.scenes] or [self.source] * (self.scene is not None)
 
     @cached_property
     def target(self) -> Image.Image:
@@ -300,8 +334,10 @@ def sample_drawing(rng: np.random.Generator, world: World = WORLD) -> Edit:
 def sample_edit(rng: np.random.Generator, kind: str | None = None, world: World = WORLD) -> Edit:
     """A scene, an instruction that can mean one thing only in it, and the scene that it asks for."""
     kind = kind or pick(rng, world.kinds)
+    if kind == COMBINE:
+        return sample_combination(rng, world)
     if kind not in (*KINDS, HELD_BACK):
-        raise ValueError(f"no edit is of kind {kind!r}: expected one of {', '.join((*KINDS, HELD_BACK))}")
+        raise ValueError(f"no edit is of kind {kind!r}: expected one of {', '.join((*KINDS, HELD_BACK, COMBINE))}")
     least, most = {"add": (0, world.max_objects - 1), "swap": (2, 4)}.get(kind, (1, 4))
     while True:  # a world with few references has scenes whose things cannot be told apart: take another
         scene = sample_scene(rng, world, least, most)
@@ -309,6 +345,20 @@ def sample_edit(rng: np.random.Generator, kind: str | None = None, world: World 
         target, words = change(rng, kind, scene, world, chinese)
         if target != scene and None not in words.values():
             return Edit(kind, scene, phrase(rng, kind, world, chinese, **words), target, world.jitter)
+
+
+def sample_combination(rng: np.random.Generator, world: World = WORLD) -> Edit:
+    """A two-picture edit: one thing of either picture goes onto the other. `.sources` are the pictures."""
+    while True:
+        scene, other = sample_scene(rng, world, 0, world.max_objects - 1), sample_scene(rng, world)
+        chinese, first = bool(rng.random() < world.chinese), bool(rng.random() < 0.5)
+        it, place = pick(rng, other.things), pick(rng, scene.empty_places())
+        words = {"it": refer(rng, other, it, world, chinese), "place": place}
+        words |= {"here": "1" if first else "2", "there": "2" if first else "1"}
+        target = scene.with_things(*scene.things, replace(it, place=place))
+        if words["it"] and target.content() != other.content():
+            instruction = phrase(rng, COMBINE if place == it.place else f"{COMBINE} at", world, chinese, **words)
+            return Edit(COMBINE, scene, instruction, target, world.jitter, (scene, other) if first else (other, scene))
 
 
 def change(
@@ -323,8 +373,8 @@ def change(
         return scene.with_things(*scene.things, new), {"a": a(new, chinese), "place": new.place}
     if kind == HELD_BACK:
         mirrored = scene.with_things(*(replace(t, place=MIRRORED[t.place], dx=-t.dx) for t in scene.things))
-        seen = [[(t.place, t.shape, t.colour) for t in s.things] for s in (scene, mirrored)]
-        return (mirrored if seen[0] != seen[1] else scene), {}  # nothing to see: sample_edit takes another scene
+        seen = mirrored.content() != scene.content()  # else sample_edit takes another scene
+        return (mirrored if seen else scene), {}
     it = pick(rng, scene.things)
     rest = [thing for thing in scene.things if thing is not it]
     words = {"it": refer(rng, scene, it, world, chinese)}

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from reference_pipelines import drawing_pipeline, edit_pipeline
 
+from minqwen.lora import load_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS
-from minqwen.shapes import draw, sample_edit, sample_scene
+from minqwen.shapes import COMBINE, draw, sample_edit, sample_scene
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
 PROMPTS = [
@@ -92,6 +93,18 @@ def test_edits_of_several_pictures_equal_diffusers(rng, monkeypatch, count):
     options["latents"] = noise(*size)
     want = reference(images, "swap them", negative_prompt=" ", **options).images[0]
     assert levels(pipe.edit(images, "swap them", area=area, **options, progress=False), want) <= 1
+
+
+def test_the_adapter_for_two_pictures_equals_diffusers(rng, monkeypatch):
+    pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu", dtype=torch.float32)
+    pipe.edit_template = EDIT_PLUS
+    load_lora(pipe.transformer, TINY / "edit_plus_lora.safetensors")
+    reference = edit_pipeline(TINY, 64 * 64, monkeypatch, plus=True)
+    reference.load_lora_weights(TINY, weight_name="edit_plus_lora.safetensors")
+    edit = sample_edit(np.random.default_rng(rng.randrange(10**6)), COMBINE)
+    options = {"true_cfg_scale": 2.0, "num_inference_steps": 20, "latents": noise(64, 64)}
+    want = reference(edit.sources, edit.instruction, negative_prompt=" ", **options).images[0]
+    assert levels(pipe.edit(edit.sources, edit.instruction, **options, progress=False), want) <= 1
 
 
 def test_the_starting_noise_equals_diffusers(pipe):

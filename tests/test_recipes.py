@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "data" / "recipes"))
 
 import make_tiny  # noqa: E402
 import make_tokenizer  # noqa: E402
+import train_edit_plus  # noqa: E402
 import train_transformer  # noqa: E402
 import train_vae  # noqa: E402
 
@@ -66,15 +67,21 @@ def test_the_loss_falls(made, log, column, untrained):
 def test_make_tiny_goes_on_where_it_was_cut_off(made, capsys):
     make(made, made / "again")
     assert capsys.readouterr().out.count("done before") == 4
-    name = "transformer/diffusion_pytorch_model.safetensors"
-    assert (made / "again" / name).read_bytes() == (made / "tiny" / name).read_bytes()
+    for name in ("transformer/diffusion_pytorch_model.safetensors", train_edit_plus.FILE):
+        assert (made / "again" / name).read_bytes() == (made / "tiny" / name).read_bytes()
 
 
-@pytest.mark.parametrize("module", [train_vae, train_transformer])
+LOGS = {
+    train_vae: "data/recipes/log_vae_{}.csv",
+    train_transformer: "data/recipes/log_transformer_{}.csv",
+    train_edit_plus: "data/tiny/log_{}.csv",  # trained on the shipped weights
+}
+
+
+@pytest.mark.parametrize("module", LOGS)
 def test_the_stored_logs_are_of_runs_as_long_as_the_recipe_says(module):
     for phase, steps in module.STEPS.items():
-        name = "vae" if module is train_vae else "transformer"
-        with (ROOT / f"data/recipes/log_{name}_{phase}.csv").open() as file:
+        with (ROOT / LOGS[module].format(phase)).open() as file:
             last = list(csv.DictReader(file))[-1]
         batch = module.parser().parse_args([phase]).batch
         assert int(last.get("step") or int(last["samples"]) / batch) == steps
@@ -94,6 +101,13 @@ CASES = {
         "small",
         ["--steps", "12", "--batch", "4", "--pool", "2", "--reuse", "2", "--check-every", "0"],
         "transformer_small.pt",
+        "average",
+    ),
+    "adapter": (
+        train_edit_plus,
+        str(ROOT / "data" / "tiny"),
+        ["--steps", "12", "--batch", "4", "--pool", "2", "--reuse", "2", "--check-every", "0"],
+        "edit_plus.pt",
         "average",
     ),
 }

@@ -11,6 +11,7 @@ from minqwen import shapes
 from minqwen.shapes import (
     BACKGROUNDS,
     COLOURS,
+    COMBINE,
     HELD_BACK,
     KINDS,
     PLACES,
@@ -330,9 +331,66 @@ def test_the_held_back_kind_is_drawn_and_judged(gen):
     assert "mirror" not in shapes.vocabulary()
 
 
+def understood(edit) -> set[tuple]:
+    """What an English two-picture instruction asks for, read word by word and not by the code that wrote it."""
+    numbers = re.findall(r"Picture (\d)", edit.instruction)
+    assert sorted(numbers) == ["1", "2"]
+    colours, forms, places = "|".join(COLOURS), "|".join(SHAPES), "|".join(PLACES)
+    named = re.search(rf"the (?:({colours}) )?({forms}|shape)(?: at the ({places}))? (?:of|from) Picture (\d)",
+                      edit.instruction)
+    colour, shape, place, there = named.groups()
+    there = edit.scenes[int(there) - 1]
+    (here,) = [scene for scene in edit.scenes if scene is not there]
+    meant = [t for t in there.things
+             if colour in (None, t.colour) and shape in ("shape", t.shape) and place in (None, t.place)]
+    assert len(meant) == 1, edit
+    rest = edit.instruction.replace(named[0], "")
+    at = re.findall(places, rest) or [meant[0].place]
+    assert len(at) == 1 and here.at(at[0]) is None
+    background, things = here.content()
+    return {background, *things, (at[0], meant[0].shape, meant[0].colour)}
+
+
+@pytest.mark.parametrize("world", [replace(WORLD, chinese=0.0), ALL, replace(WORLD, chinese=0.0, unseen=True)],
+                         ids=["default", "no jitter", "unseen"])
+def test_a_two_picture_edit_says_what_its_target_shows(gen, world):
+    seen = []
+    for _ in range(400):
+        edit = sample_edit(gen, COMBINE, world)
+        background, things = edit.target_scene.content()
+        assert understood(edit) == {background, *things}
+        assert edit.source == edit.sources[edit.scenes.index(edit.scene)] and len(edit.sources) == 2
+        seen.append((edit.scenes.index(edit.scene), any(place in edit.instruction for place in PLACES)))
+    assert set(seen) == {(0, False), (0, True), (1, False), (1, True)}  # either picture changes, with and without place
+
+
+def test_the_judge_knows_two_picture_edits(gen, tmp_path):
+    """The true picture passes, so do slightly worse ones; neither given picture does, nor a near miss."""
+    for _ in range(700):
+        edit = sample_edit(gen, COMBINE)
+        assert explain(edit.target, edit) == [] and not any(judge(source, edit) for source in edit.sources)
+        blurred = edit.target.filter(ImageFilter.GaussianBlur(1))
+        for worse in (blurred, noisy(edit.target, gen, 9), noisy(blurred, gen, 6)):
+            assert explain(worse, edit) == [], edit
+    for world in (ALL, WORLD):
+        for _ in range(50):  # some 3,000 pictures
+            edit = sample_edit(gen, COMBINE, world)
+            for what, image in near_misses(gen, edit):
+                assert not judge(image, edit), (what, edit)
+            (other,) = [scene for scene in edit.scenes if scene is not edit.scene]
+            on_the_wrong_one = draw(replace(edit.target_scene, background=other.background))
+            assert other.background == edit.scene.background or not judge(on_the_wrong_one, edit)
+
+
+def test_the_pictures_that_a_task_gives(gen):
+    assert sample_drawing(gen).sources == []
+    edit = sample_edit(gen)
+    assert edit.sources == [edit.source] and COMBINE not in {sample_edit(gen).kind for _ in range(200)}
+
+
 def test_unseen_phrases_are_none_of_the_trained_ones(gen):
     trained = {phrase for phrases in shapes.PHRASES.values() for phrase in phrases}
-    for kind in (*KINDS, "draw"):
+    for kind in (*KINDS, "draw", COMBINE, f"{COMBINE} at"):
         assert not trained & set(shapes.UNSEEN_PHRASES[kind])
     world = replace(WORLD, unseen=True, chinese=0.0)
     assert re.match("I want|could you", sample_edit(gen, "recolour", world).instruction)

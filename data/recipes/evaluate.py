@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from minqwen.lora import load_lora
 from minqwen.pipeline import QwenImagePipeline
+from minqwen.prompt import EDIT_PLUS
 from minqwen.shapes import (
+    COMBINE,
     HELD_BACK,
     KINDS,
     PLACES,
@@ -33,7 +35,7 @@ from minqwen.shapes import (
 )
 
 SEED = 10**8  # training draws from small seeds, the checks during training from 10**7
-TASKS = (*KINDS, "draw", HELD_BACK)
+TASKS = (*KINDS, "draw", HELD_BACK, COMBINE)
 WORLDS = {
     "as trained": WORLD,
     "unseen phrasings": replace(WORLD, unseen=True, chinese=0.0),
@@ -42,7 +44,7 @@ WORLDS = {
 
 
 def evaluate(
-    pipe: QwenImagePipeline, rows: int, world: World = WORLD, kinds: tuple[str, ...] = TASKS[:-1], **options
+    pipe: QwenImagePipeline, rows: int, world: World = WORLD, kinds: tuple[str, ...] = TASKS[:-2], **options
 ) -> tuple[dict[str, int], list[float]]:
     """How many of `rows` are right, for each kind and for drawing; and `drift` of every edit."""
     right, drifts = {}, []
@@ -57,7 +59,7 @@ def evaluate(
             if kind == "draw":
                 image = pipe.generate(task.instruction, generator=generator, progress=False, **options)
             else:
-                image = pipe.edit(task.source, task.instruction, generator=generator, progress=False, **options)
+                image = pipe.edit(task.sources, task.instruction, generator=generator, progress=False, **options)
                 drifts += drift(image, task)
             right[kind] += judge(image, task)
     return right, drifts
@@ -92,13 +94,17 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--scale", type=float, help="guidance, by default the checkpoint's own")
     parser.add_argument("--words", choices=WORLDS, default="as trained")
-    parser.add_argument("--kinds", nargs="+", choices=TASKS, default=TASKS[:-1], help=f"by default all but {HELD_BACK}")
+    few = f"by default all but {HELD_BACK} and {COMBINE}"
+    parser.add_argument("--kinds", nargs="+", choices=TASKS, default=TASKS[:-2], help=few)
     parser.add_argument("--lora", type=Path, help="a LoRA file to put on the checkpoint")
+    parser.add_argument("--plus", action="store_true", help=f"number the pictures in the prompt, as {COMBINE} needs")
     parser.add_argument("--out", type=Path, help="add a line to this file")
     args = parser.parse_args()
     pipe, start = QwenImagePipeline.from_pretrained(args.checkpoint), time.time()
     if args.lora:
         print(load_lora(pipe.transformer, args.lora))
+    if args.plus:
+        pipe.edit_template = EDIT_PLUS
     options = {"num_inference_steps": args.steps, "true_cfg_scale": args.scale}
     right, drifts = evaluate(pipe, args.rows, WORLDS[args.words], tuple(args.kinds), **options)
     edits = [count for kind, count in right.items() if kind != "draw"]

@@ -1,7 +1,7 @@
 """Makes the tiny checkpoint from nothing: make tiny, or python data/recipes/make_tiny.py --help
 
-Tokenizer, autoencoder (two phases), text encoder and transformer (two phases), export. It can be stopped at any
-moment and started again: what is done is not done twice, and the weights come out the same.
+Tokenizer, autoencoder (two phases), text encoder and transformer (two phases), export, adapter for two pictures. It can
+be stopped at any moment and started again: what is done is not done twice, and the weights come out the same.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import make_tokenizer
+import train_edit_plus
 import train_transformer
 import train_vae
 from common import device
@@ -22,11 +23,17 @@ PHASES = [
     (train_vae, "decoder"),
     (train_transformer, "small"),
     (train_transformer, "full"),
+    (train_edit_plus, "edit_plus"),
 ]
 
 
-def arguments(module, phase: str, steps: int, runs: Path, device: str, *more: str) -> argparse.Namespace:
-    return module.parser().parse_args([phase, "--steps", str(steps), "--runs", str(runs), "--device", device, *more])
+def train(module, phase: str, steps: int, runs: Path, out: Path, device: str, *more: str) -> None:
+    """One phase. The last one, the adapter for two pictures, is trained on the finished checkpoint."""
+    if module is train_edit_plus:
+        export(out, runs)
+        phase, more = str(out), (*more, "--out", str(out / train_edit_plus.FILE))
+    words = [phase, "--steps", str(steps), "--runs", str(runs), "--device", device, *more]
+    module.train(module.parser().parse_args(words))
 
 
 def rehearse(args: argparse.Namespace) -> dict[str, float]:
@@ -36,12 +43,12 @@ def rehearse(args: argparse.Namespace) -> dict[str, float]:
         runs = Path(folder)
         make_tokenizer.save(make_tokenizer.build(), runs / "tokenizer")
         for module, phase in PHASES:
-            more = ["--pool", "1", "--check-every", "0"] if module is train_transformer else []
+            more = ["--pool", "1", "--check-every", "0"] if module is not train_vae else []
             took = []
             for steps in (8, 16, 32):  # 8 steps, 8 more, 16 more: the last two differ by 8 steps and nothing else
                 start = time.time()
                 with contextlib.redirect_stdout(io.StringIO()):
-                    module.train(arguments(module, phase, steps, runs, args.device, *more))
+                    train(module, phase, steps, runs, runs / "tiny", args.device, *more)
                 took.append(time.time() - start)
             seconds[phase] = max(0.0, took[2] - took[1]) / 8
     return seconds
@@ -60,15 +67,15 @@ def make(args: argparse.Namespace) -> None:
         print(f"{total}: {parts}.", flush=True)
     make_tokenizer.save(make_tokenizer.build(), args.runs / "tokenizer")
     for module, phase in PHASES:
-        if (done := args.runs / f"{phase}.done").exists():
+        done = args.runs / f"{phase}.done"
+        if done.exists() and module is not train_edit_plus:  # which also writes the checkpoint
             print(f"{phase}: done before", flush=True)
             continue
         more = ["--compile"] if args.compile else []
-        if args.share < 0.1 and module is train_transformer:
+        if args.share < 0.1 and module is not train_vae:
             more += ["--pool", "2", "--check-every", "0"]
-        module.train(arguments(module, phase, steps[phase], args.runs, args.device, *more))
+        train(module, phase, steps[phase], args.runs, args.out, args.device, *more)
         done.touch()
-    export(args.out, args.runs)
     print(f"Wrote {args.out}; the logs are in {args.runs}.")
     print(f"Count what it gets right: python data/recipes/evaluate.py {args.out}")
 

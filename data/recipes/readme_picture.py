@@ -1,10 +1,13 @@
-"""Makes the README's picture from data/tiny: python data/recipes/readme_picture.py"""
+"""Makes the README's and the card's pictures of edits by data/tiny: python data/recipes/readme_picture.py"""
 
 import matplotlib.pyplot as plt
 import torch
 from PIL import Image
 
+from minqwen.lora import load_lora
 from minqwen.pipeline import QwenImagePipeline
+from minqwen.prompt import EDIT_PLUS
+from minqwen.shapes import Scene, Thing, draw
 
 WISHES = [
     "make the star\ngreen",
@@ -13,21 +16,41 @@ WISHES = [
     "turn the heart\ninto a triangle",
     "change the background\nto black",
 ]
+TWO = [
+    draw(Scene("white", (Thing("circle", "red", "top left"), Thing("heart", "purple", "bottom left")))),
+    draw(Scene("black", (Thing("square", "cyan", "top left"), Thing("star", "yellow", "bottom right")))),
+]
+TWO_WISHES = [
+    "put the star of Picture 2\non Picture 1",
+    "copy the circle from Picture 1\nto the top right of Picture 2",
+    "Picture 1 should have the cyan\nshape of Picture 2 at its top right",
+]
+
+
+def edits(pipe: QwenImagePipeline, given: list[Image.Image], wishes: list[str]) -> list[Image.Image]:
+    options = {"num_inference_steps": 20, "progress": False}
+    return [
+        pipe.edit(given, wish.replace("\n", " "), generator=torch.Generator().manual_seed(1), **options)
+        for wish in wishes
+    ]
+
+
+def save(path: str, columns: int, pictures: list[Image.Image], titles: list[str], size: tuple[float, float]) -> None:
+    figure, axes = plt.subplots(len(pictures) // columns, columns, figsize=size, facecolor="white")
+    for axis, picture, title in zip(axes.flat, pictures, titles, strict=True):
+        axis.imshow(picture.resize((512, 512), Image.Resampling.BICUBIC))
+        axis.set_title(title, fontsize=13)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_color("#bbbbbb")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
 
 pipe = QwenImagePipeline.from_pretrained("data/tiny")
-given = Image.open("data/pictures/scene.png")
-pictures = [given]
-for wish in WISHES:
-    generator = torch.Generator().manual_seed(1)
-    instruction = wish.replace("\n", " ")
-    pictures.append(pipe.edit(given, instruction, num_inference_steps=20, generator=generator, progress=False))
-
-figure, axes = plt.subplots(2, 3, figsize=(8.4, 6.4), facecolor="white")
-for axis, picture, title in zip(axes.flat, pictures, ["given", *WISHES], strict=True):
-    axis.imshow(picture.resize((512, 512), Image.Resampling.BICUBIC))
-    axis.set_title(title, fontsize=13)
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.spines[:].set_color("#bbbbbb")
-figure.tight_layout()
-figure.savefig("data/readme.png", dpi=100)
+scene = Image.open("data/pictures/scene.png")
+save("data/readme.png", 3, [scene, *edits(pipe, [scene], WISHES)], ["given", *WISHES], (8.4, 6.4))
+pipe.edit_template = EDIT_PLUS
+load_lora(pipe.transformer, "data/tiny/edit_plus_lora.safetensors")
+titles = ["Picture 1", "Picture 2", *TWO_WISHES]
+save("data/tiny/edit_plus.png", 5, [*TWO, *edits(pipe, TWO, TWO_WISHES)], titles, (16, 4))

@@ -10,6 +10,7 @@ and, at every measurement, transformer_PHASE.png, a sheet of pictures.
 import argparse
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from train_vae import build_vae
 
 from minqwen.images import pack_latents, pixels_to_image, unpack_latents
-from minqwen.prompt import EDIT, T2I, load_tokenizer, tokenize_prompts
+from minqwen.prompt import EDIT, T2I, Template, load_tokenizer, tokenize_prompts
 from minqwen.sampling import euler_step, get_sigmas, time_shift
 from minqwen.shapes import SMALL, WORLD, Edit, World, judge, pick, sample_drawing, sample_edit
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder, mrope_positions
@@ -123,7 +124,7 @@ class Batch(NamedTuple):
 
     tokens: tuple  # of tokenize_prompts: ids, mask, patches, grids, drop
     target: Tensor  # (B, 16, 64) clean packed latents
-    source: Tensor | None  # (B, 16, 64), None for drawings
+    source: Tensor | None  # (B, 16 for each picture, 64), None for drawings
     changed: Tensor  # (B, 16) 1 where the instruction changes the picture
 
     def to(self, device: str) -> "Batch":
@@ -140,11 +141,17 @@ def sample_batch(
     noisy = world == WORLD and rng.random() < 0.2
     words = [chatty(rng, e.instruction) if noisy else e.instruction for e in edits]
     prompts = [" " if drop else text for text, drop in zip(words, dropped, strict=True)]
+    return make_batch(edits, prompts, tokenizer, encode, T2I if draw else EDIT)
+
+
+def make_batch(edits: list[Edit], prompts: list[str], tokenizer, encode, template: Template) -> Batch:
+    """Edits of as many pictures each (none: drawings), with what is said of them."""
     target = encode(pictures([e.target_scene for e in edits]))
-    if draw:
-        return Batch(tokenize_prompts(tokenizer, prompts, template=T2I), target, None, torch.ones(size, 16))
-    source = encode(pictures([e.scene for e in edits]))
-    tokens = tokenize_prompts(tokenizer, prompts, [[e.source] for e in edits], EDIT)
+    if template is T2I:
+        return Batch(tokenize_prompts(tokenizer, prompts), target, None, torch.ones(len(edits), 16))
+    tokens = tokenize_prompts(tokenizer, prompts, [e.sources for e in edits], template)
+    scenes = zip(*(e.scenes or (e.scene,) for e in edits), strict=True)  # all first pictures, all second ones
+    source = torch.cat([encode(pictures(list(each))) for each in scenes], dim=1)
     return Batch(tokens, target, source, torch.stack([changed_tokens(e) for e in edits]))
 
 
@@ -202,14 +209,14 @@ def _finish(layer: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
 
 def velocity(net: nn.ModuleDict, batch: Batch, latents: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
     """The transformer's velocity for the target's tokens."""
-    shapes = [GRID] if batch.source is None else [GRID, GRID]
+    count = 0 if batch.source is None else batch.source.shape[1] // 16
     img = latents if batch.source is None else torch.cat([latents, batch.source], dim=1)
     mask = batch.tokens[1][:, batch.tokens[4] :]
-    out = net["transformer"](img, text, None if mask.all() else mask, sigma, [shapes] * len(latents))
+    out = net["transformer"](img, text, None if mask.all() else mask, sigma, [[GRID] * (1 + count)] * len(latents))
     return out[:, : latents.shape[1]]
 
 
-def loss_of(net: nn.ModuleDict, batch: Batch, shift: float, changed_weight: float) -> Tensor:
+def loss_of(net: nn.ModuleDict, batch: Batch, text: Tensor, shift: float, changed_weight: float) -> Tensor:
     """Flow matching: at a random noise level, how far is the predicted velocity from noise minus picture?
 
     Chance is drawn on the CPU, whose state the checkpoints hold: the same on every device.
@@ -217,7 +224,6 @@ def loss_of(net: nn.ModuleDict, batch: Batch, shift: float, changed_weight: floa
     sigma = time_shift(torch.rand(len(batch.target)), shift).to(batch.target.device)
     noise = torch.randn(batch.target.shape).to(batch.target.device)
     latents = batch.target + sigma[:, None, None] * (noise - batch.target)
-    text = encode_prompts(net["text_encoder"], batch.tokens)
     error = (velocity(net, batch, latents, sigma, text) - (noise - batch.target)).square().mean(-1)  # (B, 16)
     weight = 1 + (changed_weight - 1) * batch.changed
     return (error * weight).sum() / weight.sum()
@@ -225,23 +231,19 @@ def loss_of(net: nn.ModuleDict, batch: Batch, shift: float, changed_weight: floa
 
 @torch.no_grad()
 def accuracy(
-    net: nn.ModuleDict, vae, world: World, tokenizer, encode, sheet: Path, device: str, rows: int = 40, steps: int = 10
-) -> dict[str, float]:
+    net: nn.ModuleDict, vae, kinds: tuple[str, ...], world: World, tokenizer, encode, sheet: Path, device: str,
+    template: Template = EDIT, rows: int = 40, steps: int = 10,
+) -> dict[str, float]:  # fmt: skip
     """Per cent right by kind, on scenes of seeds that training never uses; 10 steps, no guidance.
 
     Writes a sheet of pictures: a row for each kind, each edit as source and result.
     """
     right, pairs = {}, []
-    for number, kind in enumerate((*world.kinds, "draw")):
+    for number, kind in enumerate(kinds):
         rng = np.random.default_rng(10**7 + number)
         edits = [sample_drawing(rng, world) if kind == "draw" else sample_edit(rng, kind, world) for _ in range(rows)]
         prompts = [e.instruction for e in edits]
-        if kind == "draw":
-            batch = Batch(tokenize_prompts(tokenizer, prompts, template=T2I), None, None, None)
-        else:
-            tokens = tokenize_prompts(tokenizer, prompts, [[e.source] for e in edits], EDIT)
-            batch = Batch(tokens, None, encode(pictures([e.scene for e in edits])), None)
-        batch = batch.to(device)
+        batch = make_batch(edits, prompts, tokenizer, encode, T2I if kind == "draw" else template).to(device)
         text = encode_prompts(net["text_encoder"], batch.tokens)
         latents = torch.randn(rows, 16, 64, generator=torch.Generator().manual_seed(0)).to(device)
         sigmas = get_sigmas(steps, 16).tolist()
@@ -250,7 +252,7 @@ def accuracy(
             latents = euler_step(latents, v, sigma, following)
         images = to_images(vae, latents)
         right[kind] = 100 * sum(map(judge, images, edits)) / rows
-        pairs.append([image for pair in zip((e.source for e in edits), images, strict=True) for image in pair][:12])
+        pairs.append(sum(([*(e.sources or [None]), image] for e, image in zip(edits, images, strict=True)), [])[:12])
     page = Image.new("RGB", (12 * 68, len(pairs) * 68), "white")
     for y, row in enumerate(pairs):
         for x, image in enumerate(row):
@@ -274,6 +276,21 @@ def load_vae(runs: Path, decoder: bool = False):
     return vae.eval().requires_grad_(False)
 
 
+def encoder(vae, args: argparse.Namespace):
+    """A function: pictures -> packed, normalised latents, in parts of one size (a compiled function knows no other)."""
+    mode = lambda x: vae.encode(x).mode()  # noqa: E731
+    if args.compile:
+        mode = torch.compile(mode, dynamic=False)
+
+    @torch.no_grad()
+    def encode(x: Tensor) -> Tensor:
+        padded = F.pad(x.to(args.device), (0,) * 9 + (-len(x) % 16,))
+        latents = torch.cat([mode(part) for part in padded.split(16)])[: len(x)]
+        return pack_latents(vae.normalize(latents))
+
+    return encode
+
+
 def optimizers(net: nn.ModuleDict, lr: float) -> nn.Module:
     """Muon for the matrices inside the blocks, AdamW for embeddings, modulation, ends, norms and biases."""
     inside = {n for n, p in net.named_parameters() if p.ndim == 2 and any(k in n for k in (".attn.", "attn.", "mlp."))}
@@ -292,6 +309,28 @@ def rate_share(step: int, steps: int, cycles: int, decay: float) -> float:
     return min(1, (step + 1) / 100, max(0.01, (1 - step / period) / decay))
 
 
+def shuffled(rng: np.random.Generator, args: argparse.Namespace) -> Iterator[int]:
+    """Numbers of a pool's batches: each is drawn and encoded once, and used `reuse` times with other noise."""
+    for _ in range(args.reuse):
+        yield from rng.permutation(args.pool)
+
+
+def step(
+    run: Run, loss: Tensor, rate: float, trained: list[Tensor], means: list[Tensor], opts: dict, average: float
+) -> None:
+    """One step at a learning rate; then `means`, the moving averages of what is trained, follow."""
+    for opt in opts.values():
+        opt.param_groups[0]["lr"] = rate
+        opt.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(trained, 1.0)
+    for opt in opts.values():
+        opt.step()
+    run.step += 1
+    keep = min(average, run.step / (run.step + 10))
+    torch._foreach_lerp_(means, [parameter.detach() for parameter in trained], 1 - keep)
+
+
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
@@ -308,43 +347,25 @@ def train(args: argparse.Namespace) -> None:
         start = torch.load(runs / "transformer_small.pt", map_location="cpu", weights_only=True)["average"]
         net.load_state_dict(start)
         average.load_state_dict(start)
-    fields = ["minutes", "samples", "loss_edit", "loss_draw", *world.kinds, "draw"]
+    kinds = (*world.kinds, "draw")
+    fields = ["minutes", "samples", "loss_edit", "loss_draw", *kinds]
     log = Log(runs / f"log_transformer_{args.phase}.csv", fields)
 
-    mode = lambda x: vae.encode(x).mode()  # noqa: E731
+    encode = encoder(vae, args)
     if args.compile:
-        mode = torch.compile(mode, dynamic=False)
         net["transformer"].compile(dynamic=True)
-
-    @torch.no_grad()
-    def encode(x: Tensor) -> Tensor:
-        """Pictures -> packed, normalised latents, in parts of one size (a compiled function knows no other)."""
-        padded = F.pad(x.to(args.device), (0,) * 9 + (-len(x) % 16,))
-        latents = torch.cat([mode(part) for part in padded.split(16)])[: len(x)]
-        return pack_latents(vae.normalize(latents))
-
     bar = tqdm(total=steps, initial=run.step, desc=f"transformer, {args.phase} world", disable=None)
     while run.step < steps:
-        pool, losses = [], {False: [], True: []}
-        for _ in range(args.pool):  # each batch is drawn and encoded once, and used `reuse` times with other noise
-            pool.append(sample_batch(rng, args.batch, rng.random() < drawn, world, tokenizer, encode))
-        for _ in range(args.reuse):
-            for index in rng.permutation(len(pool)):
-                batch = pool[index].to(args.device)
-                rate = lr * rate_share(run.step, steps, CYCLES[args.phase], DECAYS[args.phase])
-                for opt in opts.values():
-                    opt.param_groups[0]["lr"] = rate
-                loss = loss_of(net, batch, args.shift, args.changed_weight)
-                net.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-                for opt in opts.values():
-                    opt.step()
-                run.step += 1
-                keep = min(args.average, run.step / (run.step + 10))
-                torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - keep)
-                losses[batch.source is None].append(loss.item())
-                bar.update()
+        pool = [sample_batch(rng, args.batch, rng.random() < drawn, world, tokenizer, encode) for _ in range(args.pool)]
+        losses = {False: [], True: []}
+        for index in shuffled(rng, args):
+            batch = pool[index].to(args.device)
+            text = encode_prompts(net["text_encoder"], batch.tokens)
+            loss = loss_of(net, batch, text, args.shift, args.changed_weight)
+            rate = lr * rate_share(run.step, steps, CYCLES[args.phase], DECAYS[args.phase])
+            step(run, loss, rate, list(net.parameters()), list(average.parameters()), opts, args.average)
+            losses[batch.source is None].append(loss.item())
+            bar.update()
         # a pool is the unit of resumption: a run that is cut off inside one repeats it, to the same weights
         run.save()
         means = {f"loss_{k}": float(np.mean(losses[k == "draw"] or [math.nan])) for k in ("edit", "draw")}
@@ -352,7 +373,7 @@ def train(args: argparse.Namespace) -> None:
         pools, right = run.step // (args.pool * args.reuse), {}
         if args.check_every and (pools % args.check_every == 0 or run.step >= steps):
             decoder = load_vae(runs, decoder=True).to(args.device)
-            right = accuracy(average, decoder, world, tokenizer, encode, path.with_suffix(".png"), args.device)
+            right = accuracy(average, decoder, kinds, world, tokenizer, encode, path.with_suffix(".png"), args.device)
         means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         log(minutes=run.elapsed() / 60, samples=run.step * args.batch, **means, **right)
     bar.close()
