@@ -58,20 +58,17 @@ PHRASES = {
              "on a {colour} background, {things}", "a {colour} picture with {things}"),
     "mirror": ("mirror the picture", "mirror the picture from left to right", "flip the picture from left to right",
                "flip the picture", "the picture should be mirrored", "I would like the picture to be mirrored"),
-    # {it} is in one picture and goes onto the other, here, where it stood or at the {place} that is named.
-    "combine": ("put {it} of Picture {there} on Picture {here}", "add {it} of Picture {there} to Picture {here}",
-                "copy {it} from Picture {there} to Picture {here}", "on Picture {here}, put {it} of Picture {there}",
-                "take {it} from Picture {there} and put it on Picture {here}",
-                "Picture {here} should have {it} of Picture {there}", "{it} of Picture {there} should be on Picture "
-                "{here}", "I would like {it} of Picture {there} to be on Picture {here}"),
-    "combine at": ("put {it} of Picture {there} in the {place} of Picture {here}",
-                   "add {it} of Picture {there} at the {place} of Picture {here}",
-                   "copy {it} from Picture {there} to the {place} of Picture {here}",
-                   "at the {place} of Picture {here}, put {it} of Picture {there}",
-                   "take {it} from Picture {there} and put it in the {place} of Picture {here}",
-                   "Picture {here} should have {it} of Picture {there} at its {place}",
-                   "{it} of Picture {there} should be at the {place} of Picture {here}",
-                   "I would like {it} of Picture {there} to be at the {place} of Picture {here}"),
+    # {it} is in one picture, there, and goes onto the other, here: where it stood, or at the {place} that is named.
+    "combine": ("put {it} of {there} on {here}", "add {it} of {there} to {here}", "copy {it} from {there} to {here}",
+                "on {here}, put {it} of {there}", "take {it} from {there} and put it on {here}",
+                "{here} should have {it} of {there}", "{it} of {there} should be on {here}",
+                "I would like {it} of {there} to be on {here}"),
+    "combine at": ("put {it} of {there} in the {place} of {here}", "add {it} of {there} at the {place} of {here}",
+                   "copy {it} from {there} to the {place} of {here}", "at the {place} of {here}, put {it} of {there}",
+                   "take {it} from {there} and put it in the {place} of {here}",
+                   "{here} should have {it} of {there} at its {place}",
+                   "{it} of {there} should be at the {place} of {here}",
+                   "I would like {it} of {there} to be at the {place} of {here}"),
 }
 CHINESE_PHRASES = {
     "recolour": ("把{it}变成{colour}", "将{it}改为{colour}"),
@@ -83,8 +80,8 @@ CHINESE_PHRASES = {
     "swap": ("交换{it}和{other}", "把{it}和{other}对调"),
     "draw": ("{colour}背景上有{things}", "画{things}，背景是{colour}"),
     "mirror": ("左右翻转图片", "把图片左右镜像"),
-    "combine": ("把图{there}里的{it}放到图{here}上", "在图{here}上加上图{there}的{it}"),
-    "combine at": ("把图{there}里的{it}放到图{here}的{place}", "在图{here}的{place}加上图{there}的{it}"),
+    "combine": ("把{there}里的{it}放到{here}上", "在{here}上加上{there}的{it}"),
+    "combine at": ("把{there}里的{it}放到{here}的{place}", "在{here}的{place}加上{there}的{it}"),
 }
 # No training sees these: what an instruction does that nobody has thought of.
 UNSEEN_PHRASES = {
@@ -96,10 +93,9 @@ UNSEEN_PHRASES = {
     "move": ("I want {it} to be at the {place}", "please move {it} so that it is at the {place}"),
     "swap": ("I want {it} and {other} to swap places", "could you let {it} switch places with {other}?"),
     "draw": ("I want {things} on a {colour} background", "please paint {things}, on {colour}"),
-    "combine": ("I want {it} of Picture {there} on Picture {here}",
-                "could you please draw {it} of Picture {there} on Picture {here} too?"),
-    "combine at": ("I want {it} of Picture {there} at the {place} of Picture {here}",
-                   "could you draw {it} of Picture {there} for me in the {place} of Picture {here}?"),
+    "combine": ("I want {it} of {there} on {here}", "could you please draw {it} of {there} on {here} too?"),
+    "combine at": ("I want {it} of {there} at the {place} of {here}",
+                   "could you draw {it} of {there} for me in the {place} of {here}?"),
 }
 CHINESE = {
     "circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形", "heart": "心形",
@@ -354,7 +350,8 @@ def sample_combination(rng: np.random.Generator, world: World = WORLD) -> Edit:
         chinese, first = bool(rng.random() < world.chinese), bool(rng.random() < 0.5)
         it, place = pick(rng, other.things), pick(rng, scene.empty_places())
         words = {"it": refer(rng, other, it, world, chinese), "place": place}
-        words |= {"here": "1" if first else "2", "there": "2" if first else "1"}
+        one, two = ("图1", "图2") if chinese else ("Picture 1", "Picture 2")
+        words |= {"here": one, "there": two} if first else {"here": two, "there": one}
         target = scene.with_things(*scene.things, replace(it, place=place))
         if words["it"] and target.content() != other.content():
             instruction = phrase(rng, COMBINE if place == it.place else f"{COMBINE} at", world, chinese, **words)
