@@ -58,17 +58,11 @@ PHRASES = {
              "on a {colour} background, {things}", "a {colour} picture with {things}"),
     "mirror": ("mirror the picture", "mirror the picture from left to right", "flip the picture from left to right",
                "flip the picture", "the picture should be mirrored", "I would like the picture to be mirrored"),
-    # {it} is in one picture, there, and goes onto the other, here: where it stood, or at the {place} that is named.
+    # {it} is in one picture, there, and goes onto the other, here, into the same corner.
     "combine": ("put {it} of {there} on {here}", "add {it} of {there} to {here}", "copy {it} from {there} to {here}",
                 "on {here}, put {it} of {there}", "take {it} from {there} and put it on {here}",
                 "{here} should have {it} of {there}", "{it} of {there} should be on {here}",
                 "I would like {it} of {there} to be on {here}"),
-    "combine at": ("put {it} of {there} in the {place} of {here}", "add {it} of {there} at the {place} of {here}",
-                   "copy {it} from {there} to the {place} of {here}", "at the {place} of {here}, put {it} of {there}",
-                   "take {it} from {there} and put it in the {place} of {here}",
-                   "{here} should have {it} of {there} at its {place}",
-                   "{it} of {there} should be at the {place} of {here}",
-                   "I would like {it} of {there} to be at the {place} of {here}"),
 }
 CHINESE_PHRASES = {
     "recolour": ("把{it}变成{colour}", "将{it}改为{colour}"),
@@ -81,7 +75,6 @@ CHINESE_PHRASES = {
     "draw": ("{colour}背景上有{things}", "画{things}，背景是{colour}"),
     "mirror": ("左右翻转图片", "把图片左右镜像"),
     "combine": ("把{there}里的{it}放到{here}上", "在{here}上加上{there}的{it}"),
-    "combine at": ("把{there}里的{it}放到{here}的{place}", "在{here}的{place}加上{there}的{it}"),
 }
 # No training sees these: what an instruction does that nobody has thought of.
 UNSEEN_PHRASES = {
@@ -94,8 +87,6 @@ UNSEEN_PHRASES = {
     "swap": ("I want {it} and {other} to swap places", "could you let {it} switch places with {other}?"),
     "draw": ("I want {things} on a {colour} background", "please paint {things}, on {colour}"),
     "combine": ("I want {it} of {there} on {here}", "could you please draw {it} of {there} on {here} too?"),
-    "combine at": ("I want {it} of {there} at the {place} of {here}",
-                   "could you draw {it} of {there} for me in the {place} of {here}?"),
 }
 CHINESE = {
     "circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形", "heart": "心形",
@@ -344,18 +335,19 @@ def sample_edit(rng: np.random.Generator, kind: str | None = None, world: World 
 
 
 def sample_combination(rng: np.random.Generator, world: World = WORLD) -> Edit:
-    """A two-picture edit: one thing of either picture goes onto the other. `.sources` are the pictures."""
+    """A two-picture edit: a thing of either picture goes onto the other one, where that has nothing in its corner."""
     while True:
         scene, other = sample_scene(rng, world, 0, world.max_objects - 1), sample_scene(rng, world)
-        chinese, first = bool(rng.random() < world.chinese), bool(rng.random() < 0.5)
-        it, place = pick(rng, other.things), pick(rng, scene.empty_places())
-        words = {"it": refer(rng, other, it, world, chinese), "place": place}
-        one, two = ("图1", "图2") if chinese else ("Picture 1", "Picture 2")
-        words |= {"here": one, "there": two} if first else {"here": two, "there": one}
-        target = scene.with_things(*scene.things, replace(it, place=place))
-        if words["it"] and target.content() != other.content():
-            instruction = phrase(rng, COMBINE if place == it.place else f"{COMBINE} at", world, chinese, **words)
-            return Edit(COMBINE, scene, instruction, target, world.jitter, (scene, other) if first else (other, scene))
+        chinese, it = bool(rng.random() < world.chinese), pick(rng, other.things)
+        here, there = ("图1", "图2") if chinese else ("Picture 1", "Picture 2")
+        scenes = (scene, other)
+        if rng.random() < 0.5:
+            here, there, scenes = there, here, (other, scene)
+        reference = refer(rng, other, it, world, chinese)
+        target = scene.with_things(*scene.things, it)
+        if reference and scene.at(it.place) is None and target.content() != other.content():
+            instruction = phrase(rng, COMBINE, world, chinese, it=reference, here=here, there=there)
+            return Edit(COMBINE, scene, instruction, target, world.jitter, scenes)
 
 
 def change(

@@ -94,13 +94,6 @@ def test_each_cycle_of_the_learning_rate_rises_and_falls_alike():
     assert max(shares[2000:]) == 0.01  # a run ends with a whole pool, so it may go a little beyond its steps
 
 
-def test_the_adapters_rate_rises_twice():
-    shares = [train_edit_plus.share(step, 3300) for step in range(3310)]
-    assert (shares[0], shares[99], shares[1000], shares[1500], shares[1999]) == (0.01, 1, 1, 0.5, 0.01)
-    assert shares[2000] == 0.005 and 0.45 < max(shares[2000:]) < 0.5 and shares[2650] == pytest.approx(0.25)
-    assert max(shares[3300:]) == 0.005
-
-
 CASES = {
     "autoencoder": (train_vae, "joint", ["--steps", "5", "--batch", "4", "--save-every", "2"], "vae_joint.pt", "vae"),
     "transformer": (

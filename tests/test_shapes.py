@@ -344,11 +344,9 @@ def understood(edit) -> set[tuple]:
     meant = [t for t in there.things
              if colour in (None, t.colour) and shape in ("shape", t.shape) and place in (None, t.place)]
     assert len(meant) == 1, edit
-    rest = edit.instruction.replace(named[0], "")
-    at = re.findall(places, rest) or [meant[0].place]
-    assert len(at) == 1 and here.at(at[0]) is None
+    assert here.at(meant[0].place) is None
     background, things = here.content()
-    return {background, *things, (at[0], meant[0].shape, meant[0].colour)}
+    return {background, *things, (meant[0].place, meant[0].shape, meant[0].colour)}
 
 
 @pytest.mark.parametrize("world", [replace(WORLD, chinese=0.0), ALL, replace(WORLD, chinese=0.0, unseen=True)],
@@ -360,8 +358,8 @@ def test_a_two_picture_edit_says_what_its_target_shows(gen, world):
         background, things = edit.target_scene.content()
         assert understood(edit) == {background, *things}
         assert edit.source == edit.sources[edit.scenes.index(edit.scene)] and len(edit.sources) == 2
-        seen.append((edit.scenes.index(edit.scene), any(place in edit.instruction for place in PLACES)))
-    assert set(seen) == {(0, False), (0, True), (1, False), (1, True)}  # either picture changes, with and without place
+        seen.append(edit.scenes.index(edit.scene))
+    assert 130 < sum(seen) < 270  # either picture may be the one that changes
 
 
 def test_the_judge_knows_two_picture_edits(gen, tmp_path):
@@ -390,7 +388,7 @@ def test_the_pictures_that_a_task_gives(gen):
 
 def test_unseen_phrases_are_none_of_the_trained_ones(gen):
     trained = {phrase for phrases in shapes.PHRASES.values() for phrase in phrases}
-    for kind in (*KINDS, "draw", COMBINE, f"{COMBINE} at"):
+    for kind in (*KINDS, "draw", COMBINE):
         assert not trained & set(shapes.UNSEEN_PHRASES[kind])
     world = replace(WORLD, unseen=True, chinese=0.0)
     assert re.match("I want|could you", sample_edit(gen, "recolour", world).instruction)

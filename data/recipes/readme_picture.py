@@ -18,12 +18,12 @@ WISHES = [
 ]
 TWO = [
     draw(Scene("white", (Thing("circle", "red", "top left"), Thing("heart", "purple", "bottom left")))),
-    draw(Scene("black", (Thing("square", "cyan", "top left"), Thing("star", "yellow", "bottom right")))),
+    draw(Scene("black", (Thing("square", "cyan", "top right"), Thing("star", "yellow", "bottom right")))),
 ]
 TWO_WISHES = [
     "put the star of Picture 2\non Picture 1",
-    "copy the circle from Picture 1\nto the top right of Picture 2",
-    "Picture 1 should have the cyan\nshape of Picture 2 at its top right",
+    "copy the circle\nfrom Picture 1 to Picture 2",
+    "Picture 1 should have\nthe cyan shape of Picture 2",
 ]
 
 

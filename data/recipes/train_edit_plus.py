@@ -34,8 +34,7 @@ from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS
 from minqwen.shapes import COMBINE, KINDS, WORLD, sample_edit
 
-STEPS = {"edit_plus": 10560}
-AGAIN = 20 / 33  # the share of the steps after which the rate rises for a second time, half as high
+STEPS = {"edit_plus": 2880}
 ALONE = 0.25  # the share of batches that edit one picture
 TARGETS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out net.0.proj net.2".split()
 FILE = "edit_plus_lora.safetensors"
@@ -54,12 +53,6 @@ class Merged(nn.Module):
             for name, layer in self.layers.items()
         }
         return functional_call(self.plain, weights, inputs)
-
-
-def share(step: int, steps: int) -> float:
-    """The learning rate as a share of its height: level, then linearly to 0; then from a half linearly to 0."""
-    first = round(AGAIN * steps)
-    return rate_share(step, first, 1, 0.5) if step < first else 0.5 * rate_share(step - first, steps - first, 1, 1.0)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -99,7 +92,8 @@ def train(args: argparse.Namespace) -> None:
         pool, losses = [sample() for _ in range(args.pool)], []
         for index in shuffled(rng, args):
             loss = loss_of(merged, *pool[index], args.shift, args.changed_weight)
-            step(run, loss, args.lr * share(run.step, args.steps), trained, means, {"adamw": optimizer}, args.average)
+            rate = args.lr * rate_share(run.step, args.steps, 1, 0.5)
+            step(run, loss, rate, trained, means, {"adamw": optimizer}, args.average)
             losses.append(loss.item())
             bar.update()
         run.save()  # a pool is the unit of resumption
