@@ -21,8 +21,8 @@ import train_vae  # noqa: E402
 
 
 def make(runs: Path, out: Path) -> None:
-    """A checkpoint from nothing, with half a hundredth of the steps."""
-    words = ["--share", "0.005", "--runs", str(runs), "--out", str(out), "--device", "cpu", "--no-estimate"]
+    """A checkpoint from nothing, with four thousandths of the steps."""
+    words = ["--share", "0.004", "--runs", str(runs), "--out", str(out), "--device", "cpu", "--no-estimate"]
     make_tiny.make(make_tiny.parser().parse_args(words))
 
 
