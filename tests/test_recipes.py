@@ -136,7 +136,7 @@ def test_a_run_that_is_killed_anywhere_ends_in_the_same_weights(made, tmp_path, 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", dies_now_and_then)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut")
-    if case == "transformer":  # a second time
+    if case != "autoencoder":  # a second time
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "cut")
     cut = train(tmp_path / "cut")
