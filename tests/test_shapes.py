@@ -362,7 +362,7 @@ def test_a_two_picture_edit_says_what_its_target_shows(gen, world):
     assert 130 < sum(seen) < 270  # either picture may be the one that changes
 
 
-def test_the_judge_knows_two_picture_edits(gen, tmp_path):
+def test_the_judge_knows_two_picture_edits(gen):
     """The true picture passes, so do slightly worse ones; neither given picture does, nor a near miss."""
     for _ in range(700):
         edit = sample_edit(gen, COMBINE)

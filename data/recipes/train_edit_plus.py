@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Log, Run, device
+from common import Log, Run
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 from train_transformer import (
     accuracy,
+    add_options,
     chatty,
     encode_prompts,
     encoder,
@@ -110,21 +111,10 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a folder: data/tiny, or what make_tiny.py wrote")
     parser.add_argument("--steps", type=int, default=STEPS["edit_plus"])
-    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--shift", type=float, default=3.0, help="pushes training towards high noise")
-    parser.add_argument("--changed-weight", type=float, default=3.0, help="loss weight of tokens that an edit changes")
-    parser.add_argument("--average", type=float, default=0.999, help="moving average of the adapter")
-    parser.add_argument("--pool", type=int, default=40, help="batches that are encoded at a time")
-    parser.add_argument("--reuse", type=int, default=8, help="times that each is used")
-    parser.add_argument("--check-every", type=int, default=3, help="pools between measurements of accuracy, 0: none")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
-    parser.add_argument("--device", default=device())
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of unfinished work and logs")
     parser.add_argument("--out", type=Path, help=f"the adapter's file, by default {FILE} in the folder of --runs")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser
+    return add_options(parser)
 
 
 if __name__ == "__main__":

@@ -379,15 +379,12 @@ def train(args: argparse.Namespace) -> None:
     bar.close()
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=STEPS)
-    parser.add_argument("--steps", type=int, help="by default " + ", ".join(f"{k} {v}" for k, v in STEPS.items()))
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What every training of the transformer can be told."""
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, help="by default " + ", ".join(f"{k} {v}" for k, v in RATES.items()))
     parser.add_argument("--shift", type=float, default=3.0, help="pushes training towards high noise")
     parser.add_argument("--changed-weight", type=float, default=3.0, help="loss weight of tokens that an edit changes")
-    parser.add_argument("--average", type=float, default=0.999, help="moving average of the weights")
+    parser.add_argument("--average", type=float, default=0.999, help="moving average of what is trained")
     parser.add_argument("--pool", type=int, default=40, help="batches that are encoded at a time")
     parser.add_argument("--reuse", type=int, default=8, help="times that each is used")
     parser.add_argument("--check-every", type=int, default=3, help="pools between measurements of accuracy, 0: none")
@@ -396,6 +393,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs")
     parser.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=STEPS)
+    parser.add_argument("--steps", type=int, help="by default " + ", ".join(f"{k} {v}" for k, v in STEPS.items()))
+    parser.add_argument("--lr", type=float, help="by default " + ", ".join(f"{k} {v}" for k, v in RATES.items()))
+    return add_options(parser)
 
 
 if __name__ == "__main__":
