@@ -58,11 +58,10 @@ PHRASES = {
              "on a {colour} background, {things}", "a {colour} picture with {things}"),
     "mirror": ("mirror the picture", "mirror the picture from left to right", "flip the picture from left to right",
                "flip the picture", "the picture should be mirrored", "I would like the picture to be mirrored"),
-    # {it} is in one picture, there, and goes onto the other, here, into the same corner.
-    "combine": ("put {it} of {there} on {here}", "add {it} of {there} to {here}", "copy {it} from {there} to {here}",
-                "on {here}, put {it} of {there}", "take {it} from {there} and put it on {here}",
-                "{here} should have {it} of {there}", "{it} of {there} should be on {here}",
-                "I would like {it} of {there} to be on {here}"),
+    "combine": ("put {it} of Picture 2 on Picture 1", "add {it} of Picture 2 to Picture 1",
+                "copy {it} from Picture 2 to Picture 1", "on Picture 1, put {it} of Picture 2",
+                "take {it} from Picture 2 and put it on Picture 1", "Picture 1 should have {it} of Picture 2",
+                "{it} of Picture 2 should be on Picture 1", "I would like {it} of Picture 2 to be on Picture 1"),
 }
 CHINESE_PHRASES = {
     "recolour": ("把{it}变成{colour}", "将{it}改为{colour}"),
@@ -74,7 +73,7 @@ CHINESE_PHRASES = {
     "swap": ("交换{it}和{other}", "把{it}和{other}对调"),
     "draw": ("{colour}背景上有{things}", "画{things}，背景是{colour}"),
     "mirror": ("左右翻转图片", "把图片左右镜像"),
-    "combine": ("把{there}里的{it}放到{here}上", "在{here}上加上{there}的{it}"),
+    "combine": ("把图2里的{it}放到图1上", "在图1上加上图2的{it}"),
 }
 # No training sees these: what an instruction does that nobody has thought of.
 UNSEEN_PHRASES = {
@@ -86,7 +85,8 @@ UNSEEN_PHRASES = {
     "move": ("I want {it} to be at the {place}", "please move {it} so that it is at the {place}"),
     "swap": ("I want {it} and {other} to swap places", "could you let {it} switch places with {other}?"),
     "draw": ("I want {things} on a {colour} background", "please paint {things}, on {colour}"),
-    "combine": ("I want {it} of {there} on {here}", "could you please draw {it} of {there} on {here} too?"),
+    "combine": ("I want {it} of Picture 2 on Picture 1",
+                "could you please draw {it} of Picture 2 on Picture 1 too?"),
 }
 CHINESE = {
     "circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形", "heart": "心形",
@@ -115,6 +115,7 @@ class World:
     unseen: bool = False  # UNSEEN_PHRASES instead of PHRASES: to test, never to train
     jitter: int = 1  # 0, 1 or 2: centres move by up to so many pixels, radii shrink by up to twice as many
     max_objects: int = 3  # leaves an empty cell to move to
+    twins: float = 0.5  # share of two-picture edits whose reference fits a thing of Picture 1 as well
 
 
 SMALL = World(kinds=KINDS[:5], phrasings=2, references=REFERENCES[:4], chinese=0.0, jitter=0)  # where training begins
@@ -268,7 +269,7 @@ def vocabulary() -> list[str]:
 class Edit:
     """A task: a scene (None: draw from words alone), an instruction, and the scene that should come out.
 
-    Of a two-picture edit `scenes` are both, Picture 1 and Picture 2; `scene` is the one of them that changes.
+    Of a two-picture edit `scenes` are both, Picture 1 and Picture 2; `scene` is the first, which changes.
     """
 
     kind: str
@@ -335,19 +336,17 @@ def sample_edit(rng: np.random.Generator, kind: str | None = None, world: World 
 
 
 def sample_combination(rng: np.random.Generator, world: World = WORLD) -> Edit:
-    """A two-picture edit: a thing of either picture goes onto the other one, where that has nothing in its corner."""
+    """A two-picture edit: a thing of Picture 2 goes onto Picture 1, into the same corner, which is empty there."""
+    twins = bool(rng.random() < world.twins)
     while True:
         scene, other = sample_scene(rng, world, 0, world.max_objects - 1), sample_scene(rng, world)
-        chinese, it = bool(rng.random() < world.chinese), pick(rng, other.things)
-        here, there = ("图1", "图2") if chinese else ("Picture 1", "Picture 2")
-        scenes = (scene, other)
-        if rng.random() < 0.5:
-            here, there, scenes = there, here, (other, scene)
-        reference = refer(rng, other, it, world, chinese)
+        chinese, it, parts = bool(rng.random() < world.chinese), pick(rng, other.things), pick(rng, world.references)
         target = scene.with_things(*scene.things, it)
-        if reference and scene.at(it.place) is None and target.content() != other.content():
-            instruction = phrase(rng, COMBINE, world, chinese, it=reference, here=here, there=there)
-            return Edit(COMBINE, scene, instruction, target, world.jitter, scenes)
+        if scene.at(it.place) or len(fits(other, it, parts)) > 1 or target.content() == other.content():
+            continue
+        if twins == bool(fits(scene, it, parts)):
+            instruction = phrase(rng, COMBINE, world, chinese, it=name(it, parts, chinese))
+            return Edit(COMBINE, scene, instruction, target, world.jitter, (scene, other))
 
 
 def change(

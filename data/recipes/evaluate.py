@@ -40,6 +40,7 @@ WORLDS = {
     "as trained": WORLD,
     "unseen phrasings": replace(WORLD, unseen=True, chinese=0.0),
     "Chinese": replace(WORLD, chinese=1.0),
+    "twins": replace(WORLD, twins=1.0),  # what the words name is in both pictures
 }
 
 
@@ -93,7 +94,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, default=100, help="tasks of each kind")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--scale", type=float, help="guidance, by default the checkpoint's own")
-    parser.add_argument("--words", choices=WORLDS, default="as trained")
+    parser.add_argument("--words", choices=WORLDS, default="as trained", help=f"twins: {COMBINE}'s hardest tasks")
     few = f"by default all but {HELD_BACK} and {COMBINE}"
     parser.add_argument("--kinds", nargs="+", choices=TASKS, default=TASKS[:-2], help=few)
     parser.add_argument("--lora", type=Path, help="a LoRA file to put on the checkpoint")

@@ -17,14 +17,11 @@ WISHES = [
     "change the background\nto black",
 ]
 TWO = [
-    draw(Scene("white", (Thing("circle", "red", "top left"), Thing("heart", "purple", "bottom left")))),
+    draw(Scene("white", (Thing("circle", "red", "top left"), Thing("star", "purple", "bottom left")))),
     draw(Scene("black", (Thing("square", "cyan", "top right"), Thing("star", "yellow", "bottom right")))),
 ]
-TWO_WISHES = [
-    "put the star of Picture 2\non Picture 1",
-    "copy the circle\nfrom Picture 1 to Picture 2",
-    "Picture 1 should have\nthe cyan shape of Picture 2",
-]
+TWO_WISHES = ["put the star of Picture 2\non Picture 1", "Picture 1 should have\nthe cyan shape of Picture 2"]
+EXCHANGED = "given in the other order:\nput the star of Picture 2\non Picture 1"
 
 
 def edits(pipe: QwenImagePipeline, given: list[Image.Image], wishes: list[str]) -> list[Image.Image]:
@@ -52,5 +49,5 @@ scene = Image.open("data/pictures/scene.png")
 save("data/readme.png", 3, [scene, *edits(pipe, [scene], WISHES)], ["given", *WISHES], (8.4, 6.4))
 pipe.edit_template = EDIT_PLUS
 load_lora(pipe.transformer, "data/tiny/edit_plus_lora.safetensors")
-titles = ["Picture 1", "Picture 2", *TWO_WISHES]
-save("data/tiny/edit_plus.png", 5, [*TWO, *edits(pipe, TWO, TWO_WISHES)], titles, (16, 4))
+pictures = [*TWO, *edits(pipe, TWO, TWO_WISHES), *edits(pipe, TWO[::-1], TWO_WISHES[:1])]
+save("data/tiny/edit_plus.png", 5, pictures, ["Picture 1", "Picture 2", *TWO_WISHES, EXCHANGED], (16, 4))

@@ -1,10 +1,10 @@
 """Trains the adapter that lets a tiny checkpoint combine two pictures: python data/recipes/train_edit_plus.py --help
 
 The checkpoint edits one picture, as Qwen-Image-Edit does. With this LoRA on its transformer, and the prompt form of
-Qwen-Image-Edit-2509 ("Picture 1:", "Picture 2:"), it does "put the star of Picture 2 on Picture 1" as well: three
-batches of four are of that kind, one of its other edits. All else stays frozen, so prompts are encoded once a batch.
-Writes into runs/: edit_plus.pt, which resumes, log_edit_plus.csv, edit_plus.png, a sheet of pictures, at every
-measurement, and at the end edit_plus_lora.safetensors.
+Qwen-Image-Edit-2509 ("Picture 1:", "Picture 2:"), it does "put the star of Picture 2 on Picture 1" as well, always in
+this direction: three batches of four are of that kind, one of its other edits. All else stays frozen, so prompts are
+encoded once a batch. Writes into runs/: edit_plus.pt, which resumes, log_edit_plus.csv, edit_plus.png, a sheet of
+pictures, at every measurement, and at the end edit_plus_lora.safetensors.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS
 from minqwen.shapes import COMBINE, KINDS, WORLD, sample_edit
 
-STEPS = {"edit_plus": 2880}
+STEPS = {"edit_plus": 3840}
 ALONE = 0.25  # the share of batches that edit one picture
 TARGETS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out net.0.proj net.2".split()
 FILE = "edit_plus_lora.safetensors"
