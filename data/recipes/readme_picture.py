@@ -21,7 +21,7 @@ TWO = [
     draw(Scene("black", (Thing("square", "cyan", "top right"), Thing("star", "yellow", "bottom right")))),
 ]
 TWO_WISHES = ["put the star of Picture 2\non Picture 1", "Picture 1 should have\nthe cyan shape of Picture 2"]
-EXCHANGED = "given in the other order:\nput the star of Picture 2\non Picture 1"
+EXCHANGED = "the first wish, the pictures\ngiven in the other order"
 
 
 def edits(pipe: QwenImagePipeline, given: list[Image.Image], wishes: list[str]) -> list[Image.Image]:
@@ -50,4 +50,4 @@ save("data/readme.png", 3, [scene, *edits(pipe, [scene], WISHES)], ["given", *WI
 pipe.edit_template = EDIT_PLUS
 load_lora(pipe.transformer, "data/tiny/edit_plus_lora.safetensors")
 pictures = [*TWO, *edits(pipe, TWO, TWO_WISHES), *edits(pipe, TWO[::-1], TWO_WISHES[:1])]
-save("data/tiny/edit_plus.png", 5, pictures, ["Picture 1", "Picture 2", *TWO_WISHES, EXCHANGED], (16, 4))
+save("data/tiny/edit_plus.png", 5, pictures, ["Picture 1", "Picture 2", *TWO_WISHES, EXCHANGED], (16, 4.2))
