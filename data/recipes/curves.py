@@ -6,9 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-COLUMNS = ("recolour", "remove", "add", "background", "shape", "move", "swap", "draw", "combine")
-DASHES = {"draw": "--", "combine": "-"}
-NAMES = {"transformer_small": "small world", "transformer_full": "full world", "edit_plus": "adapter for two pictures"}
+COLUMNS = ("recolour", "remove", "add", "background", "shape", "move", "swap", "draw")
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -17,20 +15,19 @@ def read(path: Path) -> list[dict[str, float]]:
 
 
 def curves(logs: Path, picture: Path) -> None:
-    phases = [phase for phase in NAMES if (logs / f"log_{phase}.csv").exists()]
-    figure, axes = plt.subplots(1, len(phases), figsize=(5 * len(phases), 4), sharey=True, facecolor="white")
-    for axis, phase in zip(axes, phases, strict=True):
-        rows = [row for row in read(logs / f"log_{phase}.csv") if "recolour" in row]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, facecolor="white")
+    for axis, phase in zip(axes, ("small", "full"), strict=True):
+        rows = [row for row in read(logs / f"log_transformer_{phase}.csv") if "draw" in row]
         for column in COLUMNS:
             points = [(row["samples"] / 1000, row[column]) for row in rows if column in row]
             if points:
-                style = {"color": "black", "linestyle": DASHES[column]} if column in DASHES else {}
+                style = {"color": "black", "linestyle": "--"} if column == "draw" else {}
                 axis.plot(*zip(*points, strict=True), label=column, **style)
-        axis.set_title(NAMES[phase])
+        axis.set_title(f"{phase} world")
         axis.set_xlabel("thousand samples")
         axis.grid(alpha=0.3)
-        axis.legend(loc="lower right", fontsize=9)
     axes[0].set_ylabel("right, per cent (40 of each kind, 10 steps)")
+    axes[1].legend(loc="lower right", fontsize=9)
     figure.tight_layout()
     figure.savefig(picture, dpi=90)
 
