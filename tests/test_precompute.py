@@ -56,7 +56,7 @@ def data(tmp_path, rng):
     for name, suffix, other in zip(
         NAMES, (".png", ".JPG", ".jpeg", ".WebP", ".PNG"), (".JPEG", ".png", ".webp", ".png", ".jpg"), strict=True
     ):
-        edit = sample_edit(numbers)
+        edit = sample_edit(numbers, "recolour")  # of some kinds a picture may be empty, and the same when it is turned
         size = rng.choice([(64, 64), (100, 60), (40, 90)])
         edit.target.resize(size).save(tmp_path / "images" / f"{name}{suffix}")
         edit.source.resize(size).save(tmp_path / "control" / f"{name}{other}")
