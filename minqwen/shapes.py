@@ -269,7 +269,7 @@ def vocabulary() -> list[str]:
 class Edit:
     """A task: a scene (None: draw from words alone), an instruction, and the scene that should come out.
 
-    Of a two-picture edit `scenes` are both, Picture 1 and Picture 2; `scene` is the first, which changes.
+    Of a two-picture edit `scene` is Picture 1, which changes, and `second` is Picture 2.
     """
 
     kind: str
@@ -277,7 +277,12 @@ class Edit:
     instruction: str
     target_scene: Scene
     jitter: int = 0  # that of its world: the freedom that the judge gives a thing whose place is new
-    scenes: tuple[Scene, ...] = ()
+    second: Scene | None = None
+
+    @property
+    def scenes(self) -> list[Scene]:
+        """The scenes of `sources`."""
+        return [scene for scene in (self.scene, self.second) if scene]
 
     @cached_property
     def source(self) -> Image.Image | None:
@@ -286,7 +291,7 @@ class Edit:
     @cached_property
     def sources(self) -> list[Image.Image]:
         """The pictures that the model is given, in their order; none for a drawing."""
-        return [draw(scene) for scene in self.scenes] or [self.source] * (self.scene is not None)
+        return [draw(scene) for scene in self.scenes]
 
     @cached_property
     def target(self) -> Image.Image:
@@ -342,12 +347,10 @@ def sample_combination(rng: np.random.Generator, world: World = WORLD) -> Edit:
         scene, other = sample_scene(rng, world, 0, world.max_objects - 1), sample_scene(rng, world)
         chinese, it, parts = bool(rng.random() < world.chinese), pick(rng, other.things), pick(rng, world.references)
         target = scene.with_things(*scene.things, it)
-        given_anyway = target.content() == other.content()  # Picture 2 as it is would pass
-        if scene.at(it.place) or len(fits(other, it, parts)) > 1 or given_anyway:
-            continue
-        if twins == bool(fits(scene, it, parts)):
+        possible = scene.at(it.place) is None and len(fits(other, it, parts)) == 1
+        if possible and twins == bool(fits(scene, it, parts)) and target.content() != other.content():
             instruction = phrase(rng, COMBINE, world, chinese, it=name(it, parts, chinese))
-            return Edit(COMBINE, scene, instruction, target, world.jitter, (scene, other))
+            return Edit(COMBINE, scene, instruction, target, world.jitter, other)
 
 
 def change(

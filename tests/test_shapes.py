@@ -342,7 +342,7 @@ def understood(edit) -> tuple[set, bool]:
                       edit.instruction)
     colour, shape, place, number = named.groups()
     assert number == "2"
-    meant = fitting(edit.scenes[1], colour, shape, place)
+    meant = fitting(edit.second, colour, shape, place)
     assert len(meant) == 1, edit
     assert edit.scene.at(meant[0].place) is None
     background, things = edit.scene.content()
@@ -365,7 +365,7 @@ def test_a_two_picture_edit_says_what_its_target_shows(gen, world):
         background, things = edit.target_scene.content()
         asked, twins = understood(edit)
         assert asked == {background, *things}
-        assert edit.scenes[0] is edit.scene and edit.sources[0] == edit.source and len(edit.sources) == 2
+        assert edit.sources == [edit.source, draw(edit.second)]
         count += twins
     assert 150 < count < 250
 
@@ -389,9 +389,8 @@ def test_the_judge_knows_two_picture_edits(gen):
             edit = sample_edit(gen, COMBINE, world)
             for what, image in near_misses(gen, edit):
                 assert not judge(image, edit), (what, edit)
-            other = edit.scenes[1]
-            on_the_wrong_one = draw(replace(edit.target_scene, background=other.background))
-            assert other.background == edit.scene.background or not judge(on_the_wrong_one, edit)
+            on_the_wrong_one = draw(replace(edit.target_scene, background=edit.second.background))
+            assert edit.second.background == edit.scene.background or not judge(on_the_wrong_one, edit)
 
 
 def test_the_pictures_that_a_task_gives(gen):

@@ -150,7 +150,7 @@ def make_batch(edits: list[Edit], prompts: list[str], tokenizer, encode, templat
     if template is T2I:
         return Batch(tokenize_prompts(tokenizer, prompts), target, None, torch.ones(len(edits), 16))
     tokens = tokenize_prompts(tokenizer, prompts, [e.sources for e in edits], template)
-    scenes = zip(*(e.scenes or (e.scene,) for e in edits), strict=True)  # all first pictures, all second ones
+    scenes = zip(*(e.scenes for e in edits), strict=True)  # all first pictures, all second ones
     source = torch.cat([encode(pictures(list(each))) for each in scenes], dim=1)
     return Batch(tokens, target, source, torch.stack([changed_tokens(e) for e in edits]))
 
