@@ -35,8 +35,8 @@ from minqwen.lora import adapters, add_lora, load_lora, lora_state
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import Precomputed, Sample, precompute
 from minqwen.sampling import get_sigmas, time_shift
-from minqwen.shapes import sample_edit
 from minqwen.transformer import QwenImageTransformer2DModel
+from minqwen.world import sample_edit
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY, SET = ROOT / "data" / "tiny", ROOT / "data" / "finetune"

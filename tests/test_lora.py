@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from minqwen.lora import adapters, add_lora, load_lora, lora_state, merge_lora, save_lora
 from minqwen.pipeline import QwenImagePipeline
-from minqwen.shapes import sample_edit
 from minqwen.transformer import QwenImageTransformer2DModel
+from minqwen.world import sample_edit
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
 SHAPES = [(1, 3, 4), (1, 2, 5)]

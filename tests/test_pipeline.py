@@ -14,7 +14,7 @@ from reference_pipelines import drawing_pipeline, edit_pipeline
 from minqwen.lora import load_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS
-from minqwen.shapes import COMBINE, draw, sample_edit, sample_scene
+from minqwen.world import COMBINE, draw, sample_edit, sample_scene
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
 PROMPTS = [

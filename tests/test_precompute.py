@@ -20,8 +20,8 @@ from minqwen.images import pack_latents
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import EMPTY, Precomputed, checksum, find_sources, fingerprint, main, precompute
 from minqwen.prompt import EDIT_PLUS
-from minqwen.shapes import draw as draw_scene
-from minqwen.shapes import sample_edit, sample_scene
+from minqwen.world import draw as draw_scene
+from minqwen.world import sample_edit, sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny"

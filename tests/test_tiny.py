@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from minqwen.lora import load_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT, EDIT_PLUS, T2I, load_tokenizer
-from minqwen.shapes import COMBINE, KINDS, WORLD, judge, sample_drawing, sample_edit
+from minqwen.world import COMBINE, KINDS, WORLD, judge, sample_drawing, sample_edit
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny"

@@ -94,7 +94,7 @@ def test_other_variants_are_refused_by_name(config, message):
 
 
 @pytest.mark.parametrize("shapes", [None, [[(1, 2, 2)]], [[(1, 3, 5)], [(1, 5, 3)]]])
-def test_shapes_that_do_not_fit_are_refused(rng, shapes):
+def test_world_that_do_not_fit_are_refused(rng, shapes):
     config = small_transformer_config(rng)
     inputs = random_inputs(rng, config, [(1, 3, 5)], batch=2)
     with pytest.raises(ValueError, match="shapes"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minqwen.shapes import Scene, draw_array
+from minqwen.world import Scene, draw_array
 
 
 def pictures(scenes: list[Scene]) -> torch.Tensor:

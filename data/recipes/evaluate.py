@@ -18,7 +18,7 @@ from tqdm import tqdm
 from minqwen.lora import load_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS
-from minqwen.shapes import (
+from minqwen.world import (
     COMBINE,
     HELD_BACK,
     KINDS,

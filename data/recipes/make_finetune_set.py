@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minqwen.shapes import HELD_BACK, KINDS, sample_edit
+from minqwen.world import HELD_BACK, KINDS, sample_edit
 
 SEED = 5 * 10**8
 COUNTS = {HELD_BACK: 96} | dict.fromkeys(KINDS, 8) | {"swap": 48}  # swap is nearest to mirror, and suffers most

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from minqwen import prompt
-from minqwen.shapes import vocabulary
+from minqwen.world import vocabulary
 
 # in the released order; only some are used, but the order fixes the ids
 ADDED = [

@@ -7,7 +7,7 @@ from PIL import Image
 from minqwen.lora import load_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS
-from minqwen.shapes import Scene, Thing, draw
+from minqwen.world import Scene, Thing, draw
 
 WISHES = [
     "make the star\ngreen",

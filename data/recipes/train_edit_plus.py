@@ -33,7 +33,7 @@ from train_transformer import (
 from minqwen.lora import adapters, add_lora, merge_lora, save_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS
-from minqwen.shapes import COMBINE, KINDS, WORLD, sample_edit
+from minqwen.world import COMBINE, KINDS, WORLD, sample_edit
 
 STEPS = {"edit_plus": 3840}
 ALONE = 0.25  # the share of batches that edit one picture

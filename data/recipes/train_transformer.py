@@ -26,10 +26,10 @@ from train_vae import build_vae
 from minqwen.images import pack_latents, pixels_to_image, unpack_latents
 from minqwen.prompt import EDIT, T2I, Template, load_tokenizer, tokenize_prompts
 from minqwen.sampling import euler_step, get_sigmas, time_shift
-from minqwen.shapes import SMALL, WORLD, Edit, World, judge, pick, sample_drawing, sample_edit
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder, mrope_positions
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vision import rotate
+from minqwen.world import SMALL, WORLD, Edit, World, judge, pick, sample_drawing, sample_edit
 
 STEPS = {"small": 3200, "full": 24320}
 RATES = {"small": 2e-3, "full": 1.5e-3}

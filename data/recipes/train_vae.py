@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from common import Log, Run, device, pictures
 from tqdm import tqdm
 
-from minqwen.shapes import WORLD, sample_scene
 from minqwen.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock
+from minqwen.world import WORLD, sample_scene
 
 STEPS = {"joint": 5000, "decoder": 5000}
 CONFIG = {"base_dim": 16, "z_dim": 16, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}

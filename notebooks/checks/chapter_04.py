@@ -14,8 +14,8 @@ from checks import Wrong, ask, exercise, expect, expect_finding
 from minqwen.block import QwenImageTransformerBlock, _modulate, clip_fp16
 from minqwen.checkpoint import Checkpoint
 from minqwen.pipeline import QwenImagePipeline
-from minqwen.shapes import judge, sample_edit
 from minqwen.transformer import QwenImageTransformer2DModel
+from minqwen.world import judge, sample_edit
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 

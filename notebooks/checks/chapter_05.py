@@ -15,8 +15,8 @@ from checks import Wrong, ask, exercise, expect, expect_five
 from minqwen.checkpoint import Checkpoint
 from minqwen.images import pack_latents
 from minqwen.pipeline import QwenImagePipeline, join_prompts
-from minqwen.shapes import sample_edit
 from minqwen.transformer import QwenImageTransformer2DModel
+from minqwen.world import sample_edit
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 

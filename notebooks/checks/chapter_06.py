@@ -11,8 +11,8 @@ from torch import nn
 from checks import Wrong, ask, exercise, expect, expect_finding, expect_five
 from minqwen.checkpoint import Checkpoint
 from minqwen.images import image_to_pixels
-from minqwen.shapes import draw, sample_scene
 from minqwen.vae import AutoencoderKLQwenImage
+from minqwen.world import draw, sample_scene
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 

@@ -14,7 +14,7 @@ from numpy.random import default_rng
 from checks import Wrong, ask, exercise, expect, expect_finding, expect_five
 from minqwen.images import pack_latents
 from minqwen.pipeline import QwenImagePipeline
-from minqwen.shapes import sample_edit
+from minqwen.world import sample_edit
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 

@@ -16,8 +16,8 @@ from minqwen.checkpoint import Checkpoint
 from minqwen.difference import record
 from minqwen.images import pack_latents
 from minqwen.pipeline import QwenImagePipeline, join_prompts
-from minqwen.shapes import sample_edit
 from minqwen.transformer import QwenImageTransformer2DModel
+from minqwen.world import sample_edit
 
 # ---------------------------------------------------------------------------------------------------- 09.1
 

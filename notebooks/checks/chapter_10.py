@@ -9,8 +9,8 @@ import torch
 from checks import LIBRARY, Wrong, ask, exercise, expect, expect_finding
 from minqwen.checkpoint import Checkpoint
 from minqwen.lora import adapters, load_lora
-from minqwen.shapes import sample_edit
 from minqwen.transformer import QwenImageTransformer2DModel
+from minqwen.world import sample_edit
 
 ROOT = LIBRARY.parent
 TINY, FILE = ROOT / "data" / "tiny", ROOT / "data" / "finetune" / "mirror_lora.safetensors"

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reference_pipelines import edit_pipeline
 
 from minqwen.pipeline import QwenImagePipeline
-from minqwen.shapes import sample_edit
+from minqwen.world import sample_edit
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 

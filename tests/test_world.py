@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from minqwen import shapes
-from minqwen.shapes import (
+from minqwen.world import (
     BACKGROUNDS,
     COLOURS,
     COMBINE,
@@ -24,13 +23,17 @@ from minqwen.shapes import (
     World,
     draw,
     draw_array,
+    edits,
     explain,
     in_cell,
     judge,
     sample_drawing,
     sample_edit,
+    scenes,
     vocabulary,
+    words,
 )
+from minqwen.world.words import CHINESE
 
 ALL = replace(WORLD, chinese=0.0, jitter=0)  # every English word
 WIDE = replace(WORLD, jitter=2)
@@ -68,10 +71,10 @@ def test_draw_fills_the_cells_with_their_colours():
 def test_edges_are_smooth_and_shapes_stay_in_their_cells():
     for shape in SHAPES:
         for far in (-2, 2):
-            cover = shapes.mask(shape, far, far, shapes.RADIUS)[..., 0]
+            cover = scenes.mask(shape, far, far, scenes.RADIUS)[..., 0]
             rim = np.concatenate([cover[0], cover[-1], cover[:, 0], cover[:, -1]])
             assert rim.max() < 0.5
-        assert ((shapes.mask(shape) > 0.1) & (shapes.mask(shape) < 0.9)).sum() > 8 or shape == "square"
+        assert ((scenes.mask(shape) > 0.1) & (scenes.mask(shape) < 0.9)).sum() > 8 or shape == "square"
 
 
 def test_scenes_are_values():
@@ -144,7 +147,7 @@ def test_instructions_mean_one_thing_and_the_target_is_that(gen):
 
 def test_chinese_references_mean_one_thing_too(gen):
     world = replace(WIDE, chinese=1)
-    english = {word: key for key, word in shapes.CHINESE.items()}
+    english = {word: key for key, word in CHINESE.items()}
     for edit in samples(gen, world, 1000):
         assert not re.search("[a-z]", edit.instruction)
         if m := re.fullmatch("(?:去掉|删除|把|将)(.*?)(?:变成|改为|换成|变为|移到|放到|$).*", edit.instruction):
@@ -158,8 +161,8 @@ def test_every_kind_phrase_and_reference_is_reached(gen):
     edits = [sample_edit(gen, world=WORLD) for _ in range(6000)]
     assert {edit.kind for edit in edits} == set(KINDS)
     for kind in KINDS:
-        heads = {phrase.split()[0].replace("{it}", "the") for phrase in shapes.PHRASES[kind]}
-        heads |= {phrase[0] for phrase in shapes.CHINESE_PHRASES[kind]}
+        heads = {phrase.split()[0].replace("{it}", "the") for phrase in words.PHRASES[kind]}
+        heads |= {phrase[0] for phrase in words.CHINESE_PHRASES[kind]}
         assert {re.match("[A-Za-z]+|.", edit.instruction)[0] for edit in edits if edit.kind == kind} == heads
     text = "\n".join(edit.instruction for edit in edits)
     for reference in ("the star to", "the red shape", "the red star", "the shape at the", "the star at the"):
@@ -185,8 +188,8 @@ def test_descriptions_name_everything(gen):
         assert task.kind == "draw" and task.source is None and task.scene is None
         assert re.search(f"a {task.target_scene.background} (background|picture)", task.instruction)
         for thing in task.target_scene.things:
-            assert f"{shapes.a(thing)} at the {thing.place}" in task.instruction
-    assert "an orange heart" in shapes.describe(Scene("gray", (Thing("heart", "orange", "top left"),)), gen, ALL)
+            assert f"{words.a(thing)} at the {thing.place}" in task.instruction
+    assert "an orange heart" in words.describe(Scene("gray", (Thing("heart", "orange", "top left"),)), gen, ALL)
 
 
 # ------------------------------------------------------------------------------------ sampling
@@ -218,7 +221,7 @@ def test_worlds_restrict_what_is_drawn(gen):
         assert re.fullmatch("make the (circle|star) (red|blue)", edit.instruction)
         assert 1 <= len(edit.scene.things) <= 2 and edit.scene.background in ("white", "black")
         assert {t.shape for t in edit.scene.things} <= {"circle", "star"}
-        assert all((t.dx, t.dy, t.radius) == (0, 0, shapes.RADIUS) for t in edit.scene.things)
+        assert all((t.dx, t.dy, t.radius) == (0, 0, scenes.RADIUS) for t in edit.scene.things)
     sizes = {t.radius for edit in samples(gen, WIDE, 500) for t in edit.scene.things}
     assert sizes == {8, 9, 10, 11, 12}
 
@@ -266,7 +269,7 @@ def near_misses(gen: np.random.Generator, edit):
     for background in set(BACKGROUNDS) - {scene.background}:
         yield "background", draw(replace(scene, background=background))
     for place in scene.empty_places():
-        yield "extra", draw(scene.with_things(*scene.things, Thing(shapes.pick(gen, SHAPES), "red", place)))
+        yield "extra", draw(scene.with_things(*scene.things, Thing(scenes.pick(gen, SHAPES), "red", place)))
         dot = edit.target.copy()
         y, x = (part.start + 12 for part in in_cell(place))
         ImageDraw.Draw(dot).rectangle([x, y, x + 5, y + 5], fill=COLOURS["green"])
@@ -328,7 +331,7 @@ def test_the_held_back_kind_is_drawn_and_judged(gen):
         assert np.abs(apart).max() <= 32  # an edge is drawn from left to right, so not quite mirrored
         assert judge(ImageOps.mirror(edit.source), edit) and judge(noisy(edit.target, gen, 9), edit)
     assert HELD_BACK not in KINDS and HELD_BACK not in {sample_edit(gen).kind for _ in range(200)}
-    assert "mirror" not in shapes.vocabulary()
+    assert "mirror" not in words.vocabulary()
 
 
 def understood(edit) -> tuple[set, bool]:
@@ -400,9 +403,9 @@ def test_the_pictures_that_a_task_gives(gen):
 
 
 def test_unseen_phrases_are_none_of_the_trained_ones(gen):
-    trained = {phrase for phrases in shapes.PHRASES.values() for phrase in phrases}
+    trained = {phrase for phrases in words.PHRASES.values() for phrase in phrases}
     for kind in (*KINDS, "draw", COMBINE):
-        assert not trained & set(shapes.UNSEEN_PHRASES[kind])
+        assert not trained & set(words.UNSEEN_PHRASES[kind])
     world = replace(WORLD, unseen=True, chinese=0.0)
     assert re.match("I want|could you", sample_edit(gen, "recolour", world).instruction)
 
@@ -428,7 +431,7 @@ def test_judge_leaves_open_what_the_instruction_does():
     old, new = Thing("star", "red", "top left", 1, -1, 10), Thing("heart", "blue", "bottom right", 0, 2, 9)
     scene = Scene("white", (old,))
     target, instruction = scene.with_things(old, new), "add a blue heart at the bottom right"
-    edit = shapes.Edit("add", scene, instruction, target, jitter=2)
+    edit = edits.Edit("add", scene, instruction, target, jitter=2)
     assert judge(draw(scene.with_things(old, replace(new, dx=-2, dy=0, radius=12))), edit)
     assert not judge(draw(scene.with_things(replace(old, dx=-2, dy=2), new)), edit)
     assert not judge(draw(scene.with_things(replace(old, radius=8), new)), edit)
@@ -437,7 +440,7 @@ def test_judge_leaves_open_what_the_instruction_does():
 def test_explain_says_what_is_wrong():
     star, circle = Thing("star", "red", "top left"), Thing("circle", "blue", "bottom right")
     scene = Scene("white", (star,))
-    edit = shapes.Edit("add", scene, "add a blue circle at the bottom right", scene.with_things(star, circle))
+    edit = edits.Edit("add", scene, "add a blue circle at the bottom right", scene.with_things(star, circle))
     assert explain(edit.source, edit) == ["bottom right: circle expected, nothing seen"]
     wrong = Scene("pink", (replace(star, shape="circle"), Thing("heart", "cyan", "top right"),
                            replace(circle, colour="green")))
