@@ -15,15 +15,19 @@ import inspect
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
+
+Prompt = tuple[Tensor, Tensor | None]  # embeddings (B, Nt, C) and their mask (B, Nt), None: every token is valid
 
 PAD = "<|endoftext|>"
 IMAGE_PAD = "<|image_pad|>"
@@ -284,3 +288,20 @@ def drop_prefix(hidden: Tensor, attention_mask: Tensor, drop: int) -> tuple[Tens
     mask = mask[:, drop : int(mask.sum(1).max())]
     hidden = hidden[:, drop : drop + mask.shape[1]].masked_fill(~mask[..., None], 0)
     return hidden, None if bool(mask.all()) else mask
+
+
+def pad_prompts(prompts: Sequence[Prompt]) -> Prompt:
+    """Several prompts as one batch: zeros behind the shorter ones, and the mask that hides them.
+
+    Each is (embeds (b, n, C), mask (b, n) or None); the result's mask is None where all are equally long and valid.
+    """
+    longest = max(embeds.shape[1] for embeds, _ in prompts)
+    padded, masks = [], []
+    for embeds, mask in prompts:
+        if mask is None:
+            mask = embeds.new_ones(embeds.shape[:2], dtype=torch.bool)
+        behind = longest - embeds.shape[1]
+        padded.append(F.pad(embeds, (0, 0, 0, behind)))
+        masks.append(F.pad(mask, (0, behind)))
+    mask = torch.cat(masks)
+    return torch.cat(padded), None if bool(mask.all()) else mask
