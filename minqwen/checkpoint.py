@@ -12,7 +12,10 @@ Pickled weights (.bin, .pt) are never opened: unpickling runs code. Tests: tests
 import json
 import math
 import os
+import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +28,7 @@ from tqdm import tqdm
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' components, transformers' components
+HELD_OPEN = (0.1, 0.2, 0.4, 0.8)  # seconds before each new attempt to replace a file
 WAITS = (1, 2, 4)  # seconds before each new attempt to read a range
 TRY_AGAIN = (429, 500, 502, 503, 504)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -265,6 +269,39 @@ def assign(module: nn.Module, tensors: dict[str, torch.Tensor], where: str = "th
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{where} do not fit {type(module).__name__}: {_shortened(str(error))}") from None
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A path beside `path` to write to; once the body ends well it takes the place of `path`, all or nothing.
+
+    Whoever reads `path` finds a whole file, the old or the new one, with several writers too and if one dies: what
+    that one leaves is hidden and ends in .part. Raises OSError that names `path` and the reason (a full disk, say).
+    """
+    path = Path(path)
+    half = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.part")  # a name of its own for each writer
+    try:
+        yield half
+        with open(half, "rb+") as file:
+            os.fsync(file.fileno())
+        _replace(half, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # that is torch.save on a full disk
+            raise
+        hint = "" if isinstance(error, OSError) else "is the disk full? "
+        raise OSError(f"cannot write {path}: {hint}{error}") from error
+    finally:
+        with suppress(OSError):
+            half.unlink()
+
+
+def _replace(half: Path, path: Path) -> None:
+    for wait in HELD_OPEN:
+        try:
+            return os.replace(half, path)
+        except PermissionError:  # Windows, while another program reads the old file
+            time.sleep(wait)
+    os.replace(half, path)
 
 
 def _mapped(path: Path, names: list[str] | None, prefix: str) -> dict[str, torch.Tensor]:
