@@ -286,7 +286,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         _replace(half, path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # that is torch.save on a full disk
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save on a full disk
             raise
         hint = "" if isinstance(error, OSError) else "is the disk full? "
         raise OSError(f"cannot write {path}: {hint}{error}") from error
