@@ -3,7 +3,6 @@
 import os
 import platform
 import random
-import resource
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows has none: the ledger then leaves memory out
+    resource = None
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny"
@@ -47,8 +51,10 @@ def start(seed: int = 0) -> None:
 
 def ledger(checkpoint=None) -> None:
     """What this run took: seconds, memory, what was read over the network (of the chapter's Checkpoint), on what."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-    line = [f"tier {TIER}", f"{time.time() - _STARTED:.0f} s", f"{peak:.2f} GB peak memory"]
+    line = [f"tier {TIER}", f"{time.time() - _STARTED:.0f} s"]
+    if resource is not None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+        line.append(f"{peak:.2f} GB peak memory")
     if torch.cuda.is_available():
         line.append(f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB peak GPU memory, {torch.cuda.get_device_name()}")
     if checkpoint is not None:

@@ -1,15 +1,15 @@
 """The checks of chapter 01's exercises."""
 
 import math
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from checks import Wrong, ask, exercise, expect
+from course import TINY
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "data" / "tiny" / "transformer" / "diffusion_pytorch_model.safetensors"
+WEIGHTS = TINY / "transformer" / "diffusion_pytorch_model.safetensors"
 LIBRARY = "timestep.py"
 
 

@@ -2,17 +2,16 @@
 
 import random
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from checks import Wrong, ask, exercise, expect, expect_finding, expect_five
+from course import TINY
 from minqwen.checkpoint import Checkpoint
 from minqwen.rope import QwenEmbedRope
 from minqwen.transformer import QwenImageTransformer2DModel
 
-TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 THETA = 10000.0
 
 

@@ -2,18 +2,16 @@
 
 import random
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from checks import Wrong, ask, exercise, expect, expect_finding
+from course import TINY
 from minqwen import attention as library
 from minqwen.checkpoint import Checkpoint
 from minqwen.rope import QwenEmbedRope, apply_rotary_emb_qwen
 from minqwen.transformer import QwenImageTransformer2DModel
-
-TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 
 
 def turn(x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

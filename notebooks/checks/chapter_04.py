@@ -3,7 +3,6 @@
 import math
 import random
 from functools import cache
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -11,14 +10,12 @@ import torch.nn.functional as F
 from numpy.random import default_rng
 
 from checks import Wrong, ask, exercise, expect, expect_finding
+from course import TINY
 from minqwen.block import QwenImageTransformerBlock, _modulate, clip_fp16
 from minqwen.checkpoint import Checkpoint
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.world import judge, sample_edit
-
-TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
-
 
 # ---------------------------------------------------------------------------------------------------- 04.1
 

@@ -3,7 +3,6 @@
 import json
 import random
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +11,12 @@ from safetensors.torch import save
 from torch import nn
 
 from checks import Wrong, ask, exercise, expect, expect_five
+from course import TINY
 from minqwen.checkpoint import Checkpoint
 from minqwen.images import pack_latents
 from minqwen.pipeline import QwenImagePipeline, join_prompts
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.world import sample_edit
-
-TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
-
 
 # ---------------------------------------------------------------------------------------------------- 05.1
 

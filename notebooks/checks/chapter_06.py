@@ -2,19 +2,17 @@
 
 import random
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from checks import Wrong, ask, exercise, expect, expect_finding, expect_five
+from course import TINY
 from minqwen.checkpoint import Checkpoint
 from minqwen.images import image_to_pixels
 from minqwen.vae import AutoencoderKLQwenImage
 from minqwen.world import draw, sample_scene
-
-TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 
 # ---------------------------------------------------------------------------------------------------- 06.1
 

@@ -3,20 +3,17 @@
 import random
 from collections import Counter
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from checks import Wrong, ask, exercise, expect, expect_finding
+from course import ROOT, TINY
 from minqwen.checkpoint import Checkpoint
 from minqwen.prompt import EDIT, image_patches, load_tokenizer, tokenize_prompts
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder, read_config
 from minqwen.vision import Qwen2_5_VLVisionTower
-
-DATA = Path(__file__).resolve().parents[2] / "data"
-TINY = DATA / "tiny"
 
 # ---------------------------------------------------------------------------------------------------- 07.1
 
@@ -190,7 +187,7 @@ def layer(answer):
 
 
 def scene() -> Image.Image:
-    return Image.open(DATA / "pictures" / "scene.png").convert("RGB")
+    return Image.open(ROOT / "data" / "pictures" / "scene.png").convert("RGB")
 
 
 def right() -> Qwen2_5_VLVisionTower:
@@ -211,7 +208,7 @@ def broken() -> Qwen2_5_VLVisionTower:
 
 def inputs(width: int, height: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What a tower takes: the patches of a photograph at this size in pixels, and their grid."""
-    photo = Image.open(DATA / "pictures" / "coffee.png").convert("RGB").resize((width, height))
+    photo = Image.open(ROOT / "data" / "pictures" / "coffee.png").convert("RGB").resize((width, height))
     patches, grid = image_patches(photo)
     return patches, torch.tensor([grid])
 

@@ -12,11 +12,10 @@ import torch
 from numpy.random import default_rng
 
 from checks import Wrong, ask, exercise, expect, expect_finding, expect_five
+from course import TINY
 from minqwen.images import pack_latents
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.world import sample_edit
-
-TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 
 
 @cache

@@ -6,14 +6,14 @@ from functools import cache
 import numpy
 import torch
 
-from checks import LIBRARY, Wrong, ask, exercise, expect, expect_finding
+from checks import Wrong, ask, exercise, expect, expect_finding
+from course import ROOT, TINY
 from minqwen.checkpoint import Checkpoint
 from minqwen.lora import adapters, load_lora
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.world import sample_edit
 
-ROOT = LIBRARY.parent
-TINY, FILE = ROOT / "data" / "tiny", ROOT / "data" / "finetune" / "mirror_lora.safetensors"
+FILE = ROOT / "data" / "finetune" / "mirror_lora.safetensors"
 _rng = numpy.random.default_rng(9 * 10**8)
 tasks = [sample_edit(_rng, "mirror") for _ in range(10)]
 
