@@ -4,8 +4,7 @@
 
 W stays frozen. B starts at zero, so that nothing changes before the first step; A and B stay in float32 beside a
 bfloat16 W, because updates are smaller than bfloat16 can hold. At the end they can be added into W.
-The surprise: files do not agree on the scale. lightx2v's Lightning stores alpha 8 at rank 64, and its adapters turn
-pictures black at scale 1; musubi's default is alpha 1; ai-toolkit and DiffSynth store none and mean 1.
+The surprise: in the first step only B has a gradient, since A's passes through B.
 Matches peft and diffusers' load_lora_weights (tests/test_lora.py). Chapter 10.
 """
 
@@ -14,21 +13,16 @@ import os
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from minqwen.checkpoint import whole_file
+from minqwen.lora_files import METADATA, read_lora, some
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of the image stream: what diffusers' and FlyMyAI's trainers adapt
-DOTTED = ("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.")
-FLAT = ("lora_unet_", "lycoris_")  # kohya and musubi: behind it the module's name with _ for every dot
-DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight")
-UP = (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight")
-REFUSED = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA"}
-METADATA = "lora_adapter_metadata"  # where diffusers keeps rank and alpha, as JSON
 
 
 class LoRALinear(nn.Linear):
@@ -78,7 +72,7 @@ def add_lora(
     layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     chosen = {t: [name for name in layers if f".{name}".endswith(f".{t}")] for t in targets}
     if empty := [target for target, names in chosen.items() if not names]:
-        raise ValueError(f"no linear layer of {type(model).__name__} ends with {empty}; it has {_some(layers)}")
+        raise ValueError(f"no linear layer of {type(model).__name__} ends with {empty}; it has {some(layers)}")
     model.requires_grad_(False)
     for name in dict.fromkeys(sum(chosen.values(), [])):
         layer = _attach(model, name, rank, (rank if alpha is None else alpha) / rank)
@@ -117,12 +111,10 @@ def save_lora(model: nn.Module, path: str | os.PathLike, **metadata: str) -> Non
     for key, each, usual in (("rank_pattern", ranks, config["r"]), ("alpha_pattern", alphas, config["lora_alpha"])):
         if others := {name: value for name, value in each.items() if value != usual}:
             config[key] = others
-    said = json.dumps({f"transformer.{key}": value for key, value in config.items()}, sort_keys=True)
+    text = json.dumps({f"transformer.{key}": value for key, value in config.items()}, sort_keys=True)
     tensors = {f"transformer.{name}": tensor.cpu().contiguous() for name, tensor in lora_state(model).items()}
-    path = Path(path)
-    half = path.with_name(f".{path.name}.part")  # whoever reads path finds a whole file, the old or the new one
-    save_file(tensors, half, metadata={"format": "pt", METADATA: said} | metadata)
-    os.replace(half, path)
+    with whole_file(path) as beside:
+        save_file(tensors, beside, metadata={"format": "pt", METADATA: text} | metadata)
 
 
 @dataclass(frozen=True)
@@ -135,12 +127,10 @@ class LoraReport:
     def __str__(self) -> str:
         scales = ", ".join(f"{scale:g}" for scale in sorted(set(self.matched.values())))
         text = f"{len(self.matched)} layers adapted, at scale {scales}"
-        return text + (f"; {len(self.unmatched)} keys fit nothing: {_some(self.unmatched)}" if self.unmatched else "")
+        return text + (f"; {len(self.unmatched)} keys fit nothing: {some(self.unmatched)}" if self.unmatched else "")
 
 
-def load_lora(
-    model: nn.Module, file: str | os.PathLike | dict[str, torch.Tensor], scale: float = 1.0
-) -> LoraReport:
+def load_lora(model: nn.Module, file: str | os.PathLike | dict[str, torch.Tensor], scale: float = 1.0) -> LoraReport:
     """Put a file's adapters on a model, frozen; `scale` multiplies the scale that the file asks for.
 
     file: a .safetensors of diffusers, PEFT (adapter_config.json beside it is read), ai-toolkit, lightx2v, kohya and
@@ -148,85 +138,18 @@ def load_lora(
     else 1. Warns of keys that fit nothing. Raises ValueError when no key fits, when shapes or halves are missing,
     for LoKr, LoHa and DoRA, and for a model that has adapters already. Source: QwenImageLoraLoaderMixin; peft.
     """
-    tensors, config = (file, {}) if isinstance(file, dict) else _read(Path(file))
-    for mark, kind in REFUSED.items():
-        if any(mark in key for key in tensors) or (kind == "DoRA" and config.get("use_dora")):
-            raise ValueError(f"this is a {kind} file, another kind of adapter: minqwen reads plain LoRA only")
     _refuse_a_second(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found, unmatched = _sort_keys(tensors, layers)
-    if not found:
-        raise ValueError(
-            f"none of the file's {len(tensors)} keys fits {type(model).__name__}: the file has {_some(tensors)}, "
-            f"the model {_some(layers)}. Is it a LoRA for another model?"
-        )
-    plan = {name: _pair(name, parts, layers[name]) for name, parts in found.items()}
+    found, unmatched = read_lora(file, model)
     matched = {}
-    for name, (down, up) in plan.items():
-        own = _scale(name, found[name].get("alpha"), len(down), config)
+    for name, (down, up, own) in found.items():
         layer = _attach(model, name, len(down), scale * own)
         for part, tensor in ((layer.lora_A, down), (layer.lora_B, up)):
             part.weight = nn.Parameter(tensor.to(layer.weight.device, torch.float32), requires_grad=False)
-        matched[name] = scale * own
+        matched[name] = layer.scale
     report = LoraReport(matched, unmatched)
     if unmatched:
         warnings.warn(f"LoRA: {report}", stacklevel=2)
     return report
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """A file's tensors and what it says of rank and alpha, in its metadata or in the adapter_config.json beside it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no such LoRA file: {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}); pickled files are never opened") from None
-    if METADATA in metadata:
-        said = json.loads(metadata[METADATA])
-        return tensors, {key.removeprefix("transformer."): value for key, value in said.items()}
-    beside = path.with_name("adapter_config.json")
-    return tensors, json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-
-
-def _sort_keys(tensors: dict, layers: dict) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
-    """Layer -> {"down": ..., "up": ..., "alpha": ...}, and the keys that belong to no layer of the model."""
-    flat = {name.replace(".", "_"): name for name in layers}  # to_add_out has underscores of its own: look names up
-    endings = dict.fromkeys(DOWN, "down") | dict.fromkeys(UP, "up") | {".alpha": "alpha"}
-    found, unmatched = {}, []
-    for key, tensor in tensors.items():
-        ending = next((e for e in endings if key.endswith(e)), None)
-        stem = key.removesuffix(ending) if ending else key
-        while prefix := next((p for p in DOTTED if stem.startswith(p)), None):
-            stem = stem.removeprefix(prefix)
-        bare = next((flat.get(stem.removeprefix(p)) for p in FLAT if stem.startswith(p)), stem)
-        if ending and bare in layers:
-            found.setdefault(bare, {})[endings[ending]] = tensor
-        else:
-            unmatched.append(key)
-    return found, unmatched
-
-
-def _pair(name: str, parts: dict, layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    if "down" not in parts or "up" not in parts:
-        raise ValueError(f"{name} has only {' and '.join(sorted(parts))} in this file: it is cut off, fetch it again")
-    down, up = parts["down"], parts["up"]
-    if down.shape != (len(down), layer.in_features) or up.shape != (layer.out_features, len(down)):
-        raise ValueError(
-            f"{name}: expected (rank, {layer.in_features}) and ({layer.out_features}, rank), "
-            f"got {tuple(down.shape)} and {tuple(up.shape)}. Is it a LoRA for a model of another size?"
-        )
-    return down, up
-
-
-def _scale(name: str, alpha: torch.Tensor | None, rank: int, config: dict) -> float:
-    """alpha / rank: from the alpha tensor, else from the metadata (rank-stabilised: alpha / sqrt(rank)), else 1."""
-    if alpha is not None:
-        return float(alpha) / rank
-    own = [value for key, value in (config.get("alpha_pattern") or {}).items() if f".{name}".endswith(f".{key}")]
-    value = own[0] if own else config.get("lora_alpha", rank)
-    return value / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _attach(model: nn.Module, name: str, rank: int, scale: float) -> LoRALinear:
@@ -242,8 +165,3 @@ def _refuse_a_second(model: nn.Module) -> None:
 
 def _usual(values: dict) -> float:
     return Counter(values.values()).most_common(1)[0][0]
-
-
-def _some(names) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

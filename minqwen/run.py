@@ -70,7 +70,8 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(run["parts"][name])
         except (KeyError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{self.state} is of a run that trained another model ({error})") from None
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(f"{self.state} is of a run that trained another model ({reason})") from None
         self.step, self.rows, self.seconds = run["step"], [tuple(row) for row in run["rows"]], run["seconds"]
         self._started = time.monotonic()
         return True

@@ -1,0 +1,121 @@
+"""LoRA files of any program: what their keys are called, and at which scale they are meant.
+
+    file, model  ->  layer name -> (down (rank, in), up (out, rank), scale), and the keys that fit no layer
+
+Every key is looked up among the model's own layers: layouts write a name with other prefixes and endings, or with _
+for every dot, and names such as to_add_out have underscores of their own, so no rule splits them.
+The surprise: files do not agree on the scale. lightx2v's Lightning stores alpha 8 at rank 64, and its adapters turn
+pictures black at scale 1; musubi's default is alpha 1; ai-toolkit and DiffSynth store none and mean 1.
+Matches peft and diffusers' QwenImageLoraLoaderMixin (tests/test_lora.py). Chapter 10.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+DOTTED = ("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.")
+FLAT = ("lora_unet_", "lycoris_")  # kohya and musubi: behind it the module's name with _ for every dot
+DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight")
+UP = (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight")
+ENDINGS = dict.fromkeys(DOWN, "down") | dict.fromkeys(UP, "up") | {".alpha": "alpha"}
+REFUSED = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA"}
+METADATA = "lora_adapter_metadata"  # where diffusers keeps rank and alpha, as JSON
+
+Adapter = tuple[torch.Tensor, torch.Tensor, float]  # down, up, scale
+
+
+def read_lora(
+    file: str | os.PathLike | dict[str, torch.Tensor], model: nn.Module
+) -> tuple[dict[str, Adapter], list[str]]:
+    """The adapters that a file has for the layers of a model, by name, and the keys that fit nothing.
+
+    Raises ValueError when no key fits, when shapes or halves are missing, and for LoKr, LoHa and DoRA.
+    """
+    tensors, config = (file, {}) if isinstance(file, dict) else read_tensors(Path(file))
+    for mark, kind in REFUSED.items():
+        if any(mark in key for key in tensors) or (kind == "DoRA" and config.get("use_dora")):
+            raise ValueError(f"this is a {kind} file, another kind of adapter: minqwen reads plain LoRA only")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found, unmatched = sort_keys(tensors, layers)
+    if not found:
+        raise ValueError(
+            f"none of the file's {len(tensors)} keys fits {type(model).__name__}: the file has {some(tensors)}, "
+            f"the model {some(layers)}. Is it a LoRA for another model?"
+        )
+    adapters = {}
+    for name, parts in found.items():
+        check_parts(name, parts, layers[name])
+        scale = scale_of(name, parts.get("alpha"), len(parts["down"]), config)
+        adapters[name] = parts["down"], parts["up"], scale
+    return adapters, unmatched
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """A file's tensors and what it says of rank and alpha, in its metadata or in the adapter_config.json beside it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such LoRA file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}); pickled files are never opened") from None
+    if METADATA in metadata:
+        config = json.loads(metadata[METADATA])
+        return tensors, {key.removeprefix("transformer."): value for key, value in config.items()}
+    beside = path.with_name("adapter_config.json")
+    return tensors, json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+
+
+def sort_keys(tensors: dict, layers: Iterable[str]) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
+    """Layer -> {"down": ..., "up": ..., "alpha": ...}, and the keys that belong to no layer of the model."""
+    by_name = {name: name for name in layers}
+    by_flat_name = {name.replace(".", "_"): name for name in layers}
+    found, unmatched = {}, []
+    for key, tensor in tensors.items():
+        ending = next((e for e in ENDINGS if key.endswith(e)), "")
+        name, names = key.removesuffix(ending), by_name
+        while name.startswith(DOTTED):
+            for prefix in DOTTED:
+                name = name.removeprefix(prefix)
+        if name.startswith(FLAT):
+            names = by_flat_name
+            for prefix in FLAT:
+                name = name.removeprefix(prefix)
+        if ending and name in names:
+            found.setdefault(names[name], {})[ENDINGS[ending]] = tensor
+        else:
+            unmatched.append(key)
+    return found, unmatched
+
+
+def check_parts(name: str, parts: dict[str, torch.Tensor], layer: nn.Linear) -> None:
+    """Raises ValueError unless both matrices are there and fit the layer."""
+    if "down" not in parts or "up" not in parts:
+        raise ValueError(f"{name} has only {' and '.join(sorted(parts))} in this file: it is cut off, fetch it again")
+    down, up = parts["down"], parts["up"]
+    if down.shape != (len(down), layer.in_features) or up.shape != (layer.out_features, len(down)):
+        raise ValueError(
+            f"{name}: expected (rank, {layer.in_features}) and ({layer.out_features}, rank), "
+            f"got {tuple(down.shape)} and {tuple(up.shape)}. Is it a LoRA for a model of another size?"
+        )
+
+
+def scale_of(name: str, alpha: torch.Tensor | None, rank: int, config: dict) -> float:
+    """alpha / rank: from the alpha tensor, else from the metadata (rank-stabilised: alpha / sqrt(rank)), else 1."""
+    if alpha is not None:
+        return float(alpha) / rank
+    patterns = config.get("alpha_pattern") or {}
+    own = (value for ending, value in patterns.items() if f".{name}".endswith(f".{ending}"))
+    value = next(own, config.get("lora_alpha", rank))
+    return value / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def some(names: Iterable[str]) -> str:
+    """Three of many names, for a message."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
