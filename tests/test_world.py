@@ -27,6 +27,7 @@ from minqwen.world import (
     explain,
     in_cell,
     judge,
+    random_item,
     sample_drawing,
     sample_edit,
     scenes,
@@ -188,7 +189,7 @@ def test_descriptions_name_everything(gen):
         assert task.kind == "draw" and task.source is None and task.scene is None
         assert re.search(f"a {task.target_scene.background} (background|picture)", task.instruction)
         for thing in task.target_scene.things:
-            assert f"{words.a(thing)} at the {thing.place}" in task.instruction
+            assert f"{words.indefinite(thing)} at the {thing.place}" in task.instruction
     assert "an orange heart" in words.describe(Scene("gray", (Thing("heart", "orange", "top left"),)), gen, ALL)
 
 
@@ -269,7 +270,7 @@ def near_misses(gen: np.random.Generator, edit):
     for background in set(BACKGROUNDS) - {scene.background}:
         yield "background", draw(replace(scene, background=background))
     for place in scene.empty_places():
-        yield "extra", draw(scene.with_things(*scene.things, Thing(scenes.pick(gen, SHAPES), "red", place)))
+        yield "extra", draw(scene.with_things(*scene.things, Thing(random_item(gen, SHAPES), "red", place)))
         dot = edit.target.copy()
         y, x = (part.start + 12 for part in in_cell(place))
         ImageDraw.Draw(dot).rectangle([x, y, x + 5, y + 5], fill=COLOURS["green"])

@@ -24,12 +24,12 @@ from tqdm import tqdm
 from train_vae import build_vae
 
 from minqwen.images import pack_latents, pixels_to_image, unpack_latents
-from minqwen.prompt import EDIT, T2I, Template, load_tokenizer, tokenize_prompts
+from minqwen.prompt import EDIT, T2I, Template, tokenize_prompts
 from minqwen.sampling import euler_step, get_sigmas, time_shift
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder, mrope_positions
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vision import rotate
-from minqwen.world import SMALL, WORLD, Edit, World, judge, pick, sample_drawing, sample_edit
+from minqwen.world import SMALL, WORLD, Edit, World, judge, random_item, sample_drawing, sample_edit
 
 STEPS = {"small": 3200, "full": 24320}
 RATES = {"small": 2e-3, "full": 1.5e-3}
@@ -136,7 +136,10 @@ def sample_batch(
     rng: np.random.Generator, size: int, draw: bool, world: World, tokenizer, encode, no_caption: float = 0.1
 ) -> Batch:
     kinds = [kind for kind in world.kinds for _ in range(HARD.get(kind, 1) if world == WORLD else 1)]
-    edits = [sample_drawing(rng, world) if draw else sample_edit(rng, pick(rng, kinds), world) for _ in range(size)]
+    if draw:
+        edits = [sample_drawing(rng, world) for _ in range(size)]
+    else:
+        edits = [sample_edit(rng, random_item(rng, kinds), world) for _ in range(size)]
     dropped = rng.random(size) < no_caption
     noisy = world == WORLD and rng.random() < 0.2
     words = [chatty(rng, e.instruction) if noisy else e.instruction for e in edits]

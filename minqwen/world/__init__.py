@@ -26,7 +26,7 @@ from minqwen.world.scenes import (
     draw_array,
     in_cell,
     outline,
-    pick,
+    random_item,
     sample_scene,
 )
 from minqwen.world.words import describe, vocabulary
@@ -54,7 +54,7 @@ __all__ = [
     "in_cell",
     "judge",
     "outline",
-    "pick",
+    "random_item",
     "sample_drawing",
     "sample_edit",
     "sample_scene",

@@ -1,6 +1,6 @@
-"""The scenes of the toy world, and their pictures.
+"""The scenes of the toy world: what they hold, how they look, and how they are drawn by chance.
 
-    World -> Scene -> picture (64, 64, 3)
+    Scene -> picture (64, 64, 3)          World -> Scene
 
 A picture is a 2x2 grid of cells on a plain background, each empty or with one shape in it. Training draws
 them by the million, so a shape's mask is made once and kept. Tests: tests/test_world.py.
@@ -17,7 +17,6 @@ SIZE = 64  # pixels on a side; centres and radii below are in pixels of a pictur
 RADIUS = 12
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-MIRRORED = dict(zip(PLACES, ("top right", "top left", "bottom right", "bottom left"), strict=True))
 COLOURS = {
     "red": (218, 38, 46), "green": (46, 164, 79), "blue": (44, 92, 222), "yellow": (252, 218, 54),
     "purple": (142, 60, 190), "orange": (247, 132, 30), "cyan": (64, 204, 228),
@@ -26,32 +25,6 @@ BACKGROUNDS = {  # none of them is one of COLOURS: no shape is ever lost in its 
     "white": (252, 252, 252), "black": (26, 26, 30), "gray": (172, 174, 178), "pink": (252, 202, 214),
     "brown": (98, 66, 46),
 }
-KINDS = ("recolour", "remove", "add", "background", "shape", "move", "swap")
-HELD_BACK = "mirror"  # a kind of edit that the shipped checkpoint was never shown: the fine-tune teaches it
-COMBINE = "combine"  # of two pictures: data/tiny's edit_plus_lora.safetensors has learned it, KINDS are of one picture
-# What a reference may name. The place is always enough; the others only while nothing else in the scene fits.
-REFERENCES = (("shape",), ("colour",), ("colour", "shape"), ("place",), ("shape", "place"))
-
-
-@dataclass(frozen=True)
-class World:
-    """What may be drawn and said: training goes from a small world to a large one."""
-
-    shapes: tuple[str, ...] = SHAPES
-    colours: tuple[str, ...] = tuple(COLOURS)
-    backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
-    kinds: tuple[str, ...] = KINDS
-    phrasings: int = 8  # how many of each kind's PHRASES
-    references: tuple[tuple[str, ...], ...] = REFERENCES
-    chinese: float = 0.1  # share of instructions in Chinese
-    unseen: bool = False  # UNSEEN_PHRASES instead of PHRASES: to test, never to train
-    jitter: int = 1  # 0, 1 or 2: centres move by up to so many pixels, radii shrink by up to twice as many
-    max_objects: int = 3  # leaves an empty cell to move to
-    twins: float = 0.5  # share of two-picture edits whose reference fits a thing of Picture 1 as well
-
-
-SMALL = World(kinds=KINDS[:5], phrasings=2, references=REFERENCES[:4], chinese=0.0, jitter=0)  # where training begins
-WORLD = World()  # where it ends, and the default everywhere below
 
 
 @dataclass(frozen=True)
@@ -120,12 +93,13 @@ def in_cell(place: str, size: int = SIZE) -> tuple[slice, slice]:
 
 def draw_array(scene: Scene, size: int = SIZE) -> np.ndarray:
     """The picture of a scene, (size, size, 3) uint8, for an even size."""
+    ground = np.array(BACKGROUNDS[scene.background], np.float32)
     picture = np.empty((size, size, 3), np.uint8)
-    picture[:] = ground = np.array(BACKGROUNDS[scene.background], np.float32)
-    for t in scene.things:
-        cover = mask(t.shape, t.dx, t.dy, t.radius, size // 2)
-        cell = ground + cover * (COLOURS[t.colour] - ground)
-        picture[in_cell(t.place, size)] = cell + 0.5  # rounds
+    picture[:] = ground
+    for thing in scene.things:
+        cover = mask(thing.shape, thing.dx, thing.dy, thing.radius, size // 2)
+        cell = ground + cover * (COLOURS[thing.colour] - ground)
+        picture[in_cell(thing.place, size)] = cell + 0.5  # rounds
     return picture
 
 
@@ -133,14 +107,42 @@ def draw(scene: Scene, size: int = SIZE) -> Image.Image:
     return Image.fromarray(draw_array(scene, size))
 
 
-def pick(rng: np.random.Generator, items, other_than=None):
+KINDS = ("recolour", "remove", "add", "background", "shape", "move", "swap")  # of edits of one picture
+HELD_BACK = "mirror"  # a kind of edit that the shipped checkpoint was never shown: the fine-tune teaches it
+COMBINE = "combine"  # the kind of two pictures: data/tiny's edit_plus_lora.safetensors has learned it
+# What a reference may name. The place is always enough; the others only while nothing else in the scene fits.
+REFERENCES = (("shape",), ("colour",), ("colour", "shape"), ("place",), ("shape", "place"))
+
+
+@dataclass(frozen=True)
+class World:
+    """What may be drawn and said: training goes from a small world to a large one."""
+
+    shapes: tuple[str, ...] = SHAPES
+    colours: tuple[str, ...] = tuple(COLOURS)
+    backgrounds: tuple[str, ...] = tuple(BACKGROUNDS)
+    kinds: tuple[str, ...] = KINDS
+    phrasings: int = 8  # how many of each kind's PHRASES
+    references: tuple[tuple[str, ...], ...] = REFERENCES
+    chinese: float = 0.1  # share of instructions in Chinese
+    unseen: bool = False  # UNSEEN_PHRASES instead of PHRASES: to test, never to train
+    jitter: int = 1  # 0, 1 or 2: centres move by up to so many pixels, radii shrink by up to twice as many
+    max_objects: int = 3  # leaves an empty cell to move to
+    twins: float = 0.5  # share of two-picture edits whose reference fits a thing of Picture 1 as well, if any can
+
+
+SMALL = World(kinds=KINDS[:5], phrasings=2, references=REFERENCES[:4], chinese=0.0, jitter=0)  # where training begins
+WORLD = World()  # where it ends, and the default everywhere below
+
+
+def random_item(rng: np.random.Generator, items, other_than=None):
     """One of the items. (`rng.choice` would build an array of them first.)"""
     items = [item for item in items if item != other_than]
     return items[int(rng.integers(len(items)))]
 
 
 def sample_thing(rng: np.random.Generator, place: str, world: World) -> Thing:
-    thing = Thing(pick(rng, world.shapes), pick(rng, world.colours), place)
+    thing = Thing(random_item(rng, world.shapes), random_item(rng, world.colours), place)
     if not world.jitter:
         return thing
     dx, dy = rng.integers(-world.jitter, world.jitter + 1, 2).tolist()
@@ -148,6 +150,7 @@ def sample_thing(rng: np.random.Generator, place: str, world: World) -> Thing:
 
 
 def sample_scene(rng: np.random.Generator, world: World = WORLD, least: int = 1, most: int = 4) -> Scene:
+    """A scene of `least` to `most` things, never more than the world's max_objects."""
     count = int(rng.integers(least, min(most, world.max_objects) + 1))
     things = [sample_thing(rng, PLACES[k], world) for k in rng.permutation(4)[:count]]
-    return Scene(pick(rng, world.backgrounds)).with_things(*things)
+    return Scene(random_item(rng, world.backgrounds)).with_things(*things)

@@ -1,6 +1,6 @@
 """What is said of the toy world: references, instructions and descriptions, in English and Chinese.
 
-    Scene -> description          Scene, Thing -> "the red star"          kind, words -> instruction
+    Scene, Thing -> "the red star"          kind, words -> instruction          Scene -> description
 
 Every instruction has several phrasings; some that training never sees are kept apart, to test with.
 Tests: tests/test_world.py.
@@ -8,7 +8,18 @@ Tests: tests/test_world.py.
 
 import numpy as np
 
-from minqwen.world.scenes import BACKGROUNDS, COLOURS, KINDS, PLACES, SHAPES, WORLD, Scene, Thing, World, pick
+from minqwen.world.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    PLACES,
+    SHAPES,
+    WORLD,
+    Scene,
+    Thing,
+    World,
+    random_item,
+)
 
 # {it} and {other} stand for references ("the red star"), {a} for a new thing ("an orange heart").
 PHRASES = {
@@ -77,54 +88,58 @@ CHINESE = {
 }
 
 
-def name(thing: Thing, parts: tuple[str, ...], chinese: bool = False) -> str:
+def definite(thing: Thing, parts: tuple[str, ...], chinese: bool = False) -> str:
     """A reference: ("colour",) gives "the red shape", ("shape", "place") "the star at the top left"."""
-    place, colour, shape = (getattr(thing, p) if p in parts else "" for p in ("place", "colour", "shape"))
+    place, colour, shape = (getattr(thing, part) if part in parts else "" for part in ("place", "colour", "shape"))
     if chinese:
         return "".join(CHINESE[word] + "的" for word in (place, colour) if word) + CHINESE.get(shape, "图形")
     words = ["the", colour, shape or "shape", place and f"at the {place}"]
     return " ".join(word for word in words if word)
 
 
-def fits(scene: Scene, thing: Thing, parts: tuple[str, ...]) -> list[Thing]:
+def indefinite(thing: Thing, chinese: bool = False) -> str:
+    """What is new to the scene: "an orange heart"."""
+    if chinese:
+        return CHINESE[thing.colour] + CHINESE[thing.shape]
+    article = "an" if thing.colour == "orange" else "a"
+    return f"{article} {thing.colour} {thing.shape}"
+
+
+def fitting(scene: Scene, thing: Thing, parts: tuple[str, ...]) -> list[Thing]:
     """The things in the scene that a reference to `thing` by these parts could mean."""
     return [t for t in scene.things if all(getattr(t, part) == getattr(thing, part) for part in parts)]
 
 
 def refer(rng: np.random.Generator, scene: Scene, thing: Thing, world: World, chinese: bool) -> str | None:
     """A reference that fits only this thing, or None where the world's references cannot tell it apart."""
-    clear = [parts for parts in world.references if len(fits(scene, thing, parts)) == 1]
-    return name(thing, pick(rng, clear), chinese) if clear else None
-
-
-def a(thing: Thing, chinese: bool = False) -> str:
-    if chinese:
-        return CHINESE[thing.colour] + CHINESE[thing.shape]
-    return f"{'an' if thing.colour == 'orange' else 'a'} {thing.colour} {thing.shape}"
+    clear = [parts for parts in world.references if len(fitting(scene, thing, parts)) == 1]
+    return definite(thing, random_item(rng, clear), chinese) if clear else None
 
 
 def phrase(rng: np.random.Generator, kind: str, world: World, chinese: bool, **words: str) -> str:
+    """One of a kind's phrases with its words filled in."""
     if chinese:
         words = {key: CHINESE.get(word, word) for key, word in words.items()}
-        return pick(rng, CHINESE_PHRASES[kind]).format(**words)
+        return random_item(rng, CHINESE_PHRASES[kind]).format(**words)
     phrases = UNSEEN_PHRASES[kind] if world.unseen else PHRASES[kind][: world.phrasings]
-    return pick(rng, phrases).format(**words)
+    return random_item(rng, phrases).format(**words)
 
 
 def describe(scene: Scene, rng: np.random.Generator, world: World = WORLD) -> str:
     """A prompt for a whole scene: "a red circle at the top left and ... on a white background"."""
     chinese = bool(rng.random() < world.chinese)
     if chinese:
-        things = "和".join(f"{CHINESE[t.place]}的{a(t, chinese)}" for t in scene.things)
+        things = "和".join(f"{CHINESE[t.place]}的{indefinite(t, chinese)}" for t in scene.things)
     else:
-        things = " and ".join(f"{a(t)} at the {t.place}" for t in scene.things)
+        things = " and ".join(f"{indefinite(t)} at the {t.place}" for t in scene.things)
     return phrase(rng, "draw", world, chinese, things=things or "nothing", colour=scene.background)
 
 
 def vocabulary() -> list[str]:
     """Every English word and Chinese piece that an instruction or prompt can hold: what a tokenizer needs."""
-    known = [by_kind[kind] for by_kind in (PHRASES, CHINESE_PHRASES) for kind in (*KINDS, "draw")]
-    phrases = sum(known, ())
+    phrases = []
+    for kind in (*KINDS, "draw"):
+        phrases += [*PHRASES[kind], *CHINESE_PHRASES[kind]]
     text = " ".join([*phrases, *SHAPES, *PLACES, *COLOURS, *BACKGROUNDS, *CHINESE.values()])
     for mark in "{}，,":
         text = text.replace(mark, f" {mark} ")
