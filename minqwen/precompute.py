@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from minqwen.images import calculate_dimensions, load_image
 from minqwen.pipeline import AREA, QwenImagePipeline
-from minqwen.prompt import IMAGE_PAD, T2I
+from minqwen.prompt import T2I
+from minqwen.tokenizer import IMAGE_PAD
 
 FORMAT = "1"  # raise it when the same files give other numbers, or lie in the file in another way
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # in any case: .JPG too

@@ -33,10 +33,9 @@ class TextAttention(nn.Module):
         self.o_proj = nn.Linear(num_heads * self.head_dim, dim, bias=False)
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = (
-            rearrange(proj(x), "b l (h d) -> b h l d", d=self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q = rearrange(self.q_proj(x), "b l (h d) -> b h l d", d=self.head_dim)
+        k = rearrange(self.k_proj(x), "b l (h d) -> b h l d", d=self.head_dim)
+        v = rearrange(self.v_proj(x), "b l (h d) -> b h l d", d=self.head_dim)
         q, k = rotate(q, angles), rotate(k, angles)
         k, v = k.repeat_interleave(self.shared_by, dim=1), v.repeat_interleave(self.shared_by, dim=1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -92,7 +91,8 @@ class Qwen2_5_VLTextModel(nn.Module):
 
     def _angles(self, positions: Tensor) -> Tensor:
         """(3, B, L) -> (B, 1, L, head_dim/2): each channel pair follows one of the three positions."""
-        axis = [axis for axis, pairs in enumerate(self.mrope_section) for _ in range(pairs)]
+        time, row, column = self.mrope_section
+        axis = [0] * time + [1] * row + [2] * column
         turns = inverse_frequencies(self.head_dim, self.rope_theta, positions.device)
         return rearrange(positions, "three b l -> b 1 l three")[..., axis] * turns
 
@@ -121,21 +121,30 @@ def mrope_positions(
     the next word is at 7, not at 19. Source: Qwen2-VL paper, section 2.1 (M-RoPE); get_rope_index in
     transformers.
     """
-    span = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
-    step, inside = span, input_ids.new_zeros(3, *input_ids.shape)
+    step, inside = torch.ones_like(input_ids), input_ids.new_zeros(3, *input_ids.shape)
+    if attention_mask is not None:
+        step = step * attention_mask
     if image_grid_thw is not None:
-        here = input_ids == image_token_id
-        height, width = (image_grid_thw.to(input_ids.device)[:, 1:] // merge).unbind(1)
-        count = height * width
-        # for each image token: the image it is of, and its number there
-        image = torch.arange(len(count), device=count.device).repeat_interleave(count)
-        nth = torch.arange(len(image), device=count.device) - (count.cumsum(0) - count)[image]
-        side = torch.maximum(height, width)[image]
-        span = span.masked_scatter(here, side)
-        step = step.masked_scatter(here, side * (nth == 0))
-        inside[1] = inside[1].masked_scatter(here, nth // width[image])
-        inside[2] = inside[2].masked_scatter(here, nth % width[image])
-    return step.cumsum(1) - span + inside
+        places = (input_ids == image_token_id).nonzero().tolist()  # (row of the batch, token) of each image token
+        for _, gh, gw in image_grid_thw.tolist():
+            h, w = gh // merge, gw // merge
+            b, start = places[0]
+            image = slice(start, start + h * w)
+            nth = torch.arange(h * w, device=input_ids.device)
+            inside[1, b, image] = nth // w
+            inside[2, b, image] = nth % w
+            step[b, image] = 0
+            step[b, image.stop - 1] = max(h, w)
+            places = places[h * w :]
+    return step.cumsum(1) - step + inside  # the steps of all tokens before, and the place in the image
+
+
+COMPUTED = {  # what text_encoder/config.json may say of these; the first is meant where it says nothing
+    "model_type": ("qwen2_5_vl", "qwen2_5_vl_text"),
+    "hidden_act": ("silu",),
+    "use_sliding_window": (False,),
+    "rope_type": ("default", "mrope"),
+}
 
 
 def read_config(config: dict) -> tuple[dict, dict, int]:
@@ -146,27 +155,20 @@ def read_config(config: dict) -> tuple[dict, dict, int]:
     that do not touch the computation are ignored. Raises ValueError for a model that is not computed here.
     """
     nested = config.get("text_config") or {}
-
-    def get(key, default=None):
-        return next((c[key] for c in (config, nested) if c.get(key) is not None), default)
-
-    rope = get("rope_scaling") or get("rope_parameters") or {}
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    for key, value, computed in [
-        ("model_type", get("model_type", "qwen2_5_vl"), ("qwen2_5_vl", "qwen2_5_vl_text")),
-        ("hidden_act", get("hidden_act", "silu"), ("silu",)),
-        ("use_sliding_window", bool(get("use_sliding_window", False)), (False,)),
-        ("rope type", rope_type, ("default", "mrope")),
-    ]:
+    keys = {key: value for key, value in nested.items() if value is not None}
+    keys |= {key: value for key, value in config.items() if value is not None}
+    rope = keys.get("rope_scaling") or keys.get("rope_parameters") or {}
+    keys |= {"rope_type": rope.get("rope_type") or rope.get("type") or "default"}
+    for key, computed in COMPUTED.items():
+        value = keys.get(key, computed[0])
         if value not in computed:
             raise ValueError(
                 f"text_encoder/config.json has {key} = {value!r}, but only {computed[0]!r} is computed here: "
                 "the Qwen2.5-VL of Qwen-Image, Qwen-Image-2512, Qwen-Image-Edit, -2509 and -2511"
             )
-    keys = inspect.signature(Qwen2_5_VLTextModel).parameters
-    text = {key: rope.get(key, get(key)) for key in keys}
-    text = {key: value for key, value in text.items() if value is not None}
-    return text, config.get("vision_config") or {}, get("image_token_id", 151655)
+    known = inspect.signature(Qwen2_5_VLTextModel).parameters
+    text = {key: value for key, value in (keys | rope).items() if key in known and value is not None}
+    return text, keys.get("vision_config", {}), keys.get("image_token_id", 151655)
 
 
 def released_name(name: str) -> str | None:
@@ -208,7 +210,7 @@ class Qwen2_5_VLTextEncoder(nn.Module):
 
         attention_mask: (B, L), 1 or True for tokens, 0 for padding on either side; None: no padding.
         pixel_values (P, 1176), image_grid_thw (n, 3): the patches of all images of the batch, in the order of
-        their tokens, as `minqwen.prompt.tokenize_prompts` makes them; give both or neither.
+        their tokens, as `tokenize_prompts` makes them; give both or neither.
         Raises ValueError when there are more or fewer image tokens than the images make.
         """
         if (pixel_values is None) != (image_grid_thw is None):

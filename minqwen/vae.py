@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from minqwen.tiling import tiled
+
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
 LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
@@ -251,10 +253,10 @@ class AutoencoderKLQwenImage(nn.Module):
         input_channels: int = 3,
         latents_mean: Sequence[float] = LATENTS_MEAN,  # of each channel, over many pictures
         latents_std: Sequence[float] = LATENTS_STD,
-        **stale,
+        **other,
     ):
         super().__init__()
-        unknown = [key for key in stale if not key.startswith("_")]
+        unknown = [key for key in other if not key.startswith("_")]
         if unknown:
             raise ValueError(f"unknown keys in the VAE's config: {', '.join(unknown)}")
         if input_channels != 3:
@@ -313,7 +315,7 @@ class AutoencoderKLQwenImage(nn.Module):
             return net(x)[:, :, None]
         if tile % self.factor or tile < 8 * self.factor:
             raise ValueError(f"tile must be a multiple of {self.factor}, {8 * self.factor} or more: {tile}")
-        return _tiled(net, x, tile // self.factor, shrink, grow)[:, :, None]
+        return tiled(net, x, tile // self.factor, shrink, grow)[:, :, None]
 
 
 def _check_single_frame(x: Tensor, channels: int) -> None:
@@ -321,45 +323,3 @@ def _check_single_frame(x: Tensor, channels: int) -> None:
         raise ValueError(f"expected (B, {channels}, 1, height, width), got {tuple(x.shape)}")
     if x.shape[2] != 1:
         raise ValueError(f"one frame only, got {x.shape[2]}: put separate pictures in the batch instead")
-
-
-def _tiled(net: Callable[[Tensor], Tensor], x: Tensor, tile: int, shrink: int, grow: int) -> Tensor:
-    """`net` on tiles of `tile` latents a side, each overlapping the next by a quarter or more, cross-faded.
-
-    shrink: how many of x's pixels make a latent; grow: how many of the output's pixels come of one.
-    """
-    h, w = x.shape[2] // shrink, x.shape[3] // shrink
-    th, tw, overlap = min(tile, h), min(tile, w), tile // 4
-    fade = _fade(th * grow, overlap * grow, x)[:, None] * _fade(tw * grow, overlap * grow, x)
-    total, weight = None, fade.new_zeros(h * grow, w * grow)
-    for top in _starts(h, th, overlap):
-        for left in _starts(w, tw, overlap):
-            out = net(_window(x, top, left, th, tw, shrink))
-            if total is None:
-                total = fade.new_zeros(*out.shape[:2], *weight.shape)
-            _window(total, top, left, th, tw, grow).add_(out * fade)
-            _window(weight, top, left, th, tw, grow).add_(fade)
-    return (total / weight).to(x.dtype)
-
-
-def _window(x: Tensor, top: int, left: int, height: int, width: int, scale: int) -> Tensor:
-    return x[..., top * scale : (top + height) * scale, left * scale : (left + width) * scale]
-
-
-def _starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles of one length begin, spread evenly over `size`, each overlapping the next by enough."""
-    if size <= tile:
-        return [0]
-    gaps = math.ceil((size - tile) / (tile - overlap))
-    return [round(n * (size - tile) / gaps) for n in range(gaps + 1)]
-
-
-def _fade(length: int, overlap: int, like: Tensor) -> Tensor:
-    """A tile's weight along one side: 1 inside, then a straight line down over the middle half of the overlap.
-
-    The outer quarter, spoilt by the zeros that convolutions see beyond an edge, counts only where nothing
-    else does: that halves what is left of a seam in photos.
-    """
-    steps = torch.arange(length, device=like.device, dtype=torch.float32) + 0.5
-    edge = torch.minimum(steps, length - steps) / overlap
-    return (2 * edge - 0.5).clamp(1e-4, 1)

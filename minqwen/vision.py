@@ -1,22 +1,105 @@
-"""The vision tower of Qwen2.5-VL: an image becomes a run of tokens that the language model can read.
+"""The eyes of Qwen2.5-VL: an image becomes patches, and patches a run of tokens that the language model can read.
 
-    patches (P, 1176), grids (n, 3) of (1, gh, gw)  ->  tokens (P/4, 3584), images one after the other
+    image  ->  patches (gh*gw, 1176), grid (1, gh, gw)
+    patches (P, 1176) and grids (n, 3) of n images  ->  tokens (P/4, 3584), images one after the other
 
-A transformer over 14×14-pixel patches. 28 of its 32 blocks look only inside windows of 8×8 patches, four look
-at the whole image; at the end each 2×2 square of patches is merged into one token.
+The tower is a transformer over 14×14-pixel patches. 28 of its 32 blocks look only inside windows of 8×8 patches,
+four look at the whole image; at the end each 2×2 square of patches is merged into one token.
 The surprise: patches arrive square by square, not row by row, and the tower reorders the squares window by
 window before the first block and puts them back after the last. Images never attend to each other.
-Matches transformers' Qwen2_5_VisionTransformerPretrainedModel (tests/test_vision.py). Chapter 07.
+Matches transformers' Qwen2VLImageProcessorPil and Qwen2_5_VisionTransformerPretrainedModel (tests/test_vision.py).
+Chapter 07.
 """
 
-from itertools import accumulate, chain, groupby
+import inspect
+import json
+import math
+from itertools import groupby
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
+from PIL import Image
 from torch import Tensor, nn
 
 Runs = list[tuple[int, int]]  # consecutive groups of equal length: (how many, tokens in each)
+
+
+def smart_resize(
+    height: int, width: int, factor: int = 28, min_pixels: int = 3136, max_pixels: int = 12845056
+) -> tuple[int, int]:
+    """(height, width) in pixels, as multiples of `factor`, with an area between min_pixels and max_pixels.
+
+    384×384 -> 392×392, 896×1184 -> 896×1176. Raises ValueError when one side is over 200 times the other.
+    Source: smart_resize in transformers' Qwen2VLImageProcessorPil.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"an image of {width}×{height} pixels: one side may be at most 200 times the other")
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h = max(factor, math.floor(height / shrink / factor) * factor)
+        w = max(factor, math.floor(width / shrink / factor) * factor)
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h = math.ceil(height * grow / factor) * factor
+        w = math.ceil(width * grow / factor) * factor
+    return h, w
+
+
+def image_patches(
+    image: Image.Image,
+    patch_size: int = 14,  # pixels
+    merge_size: int = 2,  # 2×2 patches become one token
+    temporal_patch_size: int = 2,  # frames; a still image is shown twice
+    min_pixels: int = 3136,  # 56²
+    max_pixels: int = 12845056,  # 3584²; transformers' own default, 1003520, would shrink a 1024² image
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073),
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711),
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """A picture -> (patches (gh·gw, 1176) of normalised pixels, fp32; grid (1, gh, gw)).
+
+    Each row is one patch, laid out (channel, frame, y, x); rows come square by square of 2×2 patches, since
+    those four become one token. Bicubic resize by PIL, on 8-bit pixels; grids as `smart_resize` says. Raises
+    ValueError for an image that is not RGB. Source: Qwen2VLImageProcessorPil.
+    """
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"expected a PIL image, got {type(image).__name__}")
+    if image.mode != "RGB":
+        raise ValueError(f"expected an RGB image, got {image.mode}: use minqwen.images.load_image")
+    h, w = smart_resize(image.height, image.width, patch_size * merge_size, min_pixels, max_pixels)
+    pixels = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC), dtype=np.float32) / 255
+    pixels = (pixels - np.float32(image_mean)) / np.float32(image_std)
+    size = {"a": merge_size, "b": merge_size, "y": patch_size, "x": patch_size}
+    patches = rearrange(pixels, "(h a y) (w b x) c -> (h w a b) c y x", **size)
+    rows = repeat(patches, "n c y x -> n (c t y x)", t=temporal_patch_size)
+    return torch.from_numpy(rows), (1, h // patch_size, w // patch_size)
+
+
+def load_image_settings(folder: str | Path) -> dict:
+    """Keywords for `image_patches`, from preprocessor_config.json in `processor/` or transformers 5's
+    processor_config.json; what neither says has the released value.
+
+    Raises ValueError for a step that is not computed here.
+    """
+    folder, config = Path(folder), {}
+    for name in ("processor_config.json", "preprocessor_config.json"):  # of two the second counts
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+    config = config.get("image_processor", config)
+    for key, value in {"resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True}.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{folder}: {key} = {config[key]!r}; only {value!r} is computed here")
+    factor = config.get("rescale_factor", 1 / 255)
+    if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        raise ValueError(f"{folder}: rescale_factor = {factor!r}; only 1/255 is computed here")
+    size = config.get("size") or {}
+    found = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+    found |= {key: value for key, value in config.items() if value is not None}
+    known = inspect.signature(image_patches).parameters
+    return {key: value for key, value in found.items() if key in known and value is not None}
 
 
 class RMSNorm(nn.Module):
@@ -83,15 +166,14 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, angles: Tensor, runs: Runs) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "p (three h d) -> three p h d", three=3, h=self.num_heads)
         q, k = rotate(q, angles), rotate(k, angles)
-        sizes = [count * length for count, length in runs]
-        out = [
-            self._attend(*(rearrange(t, "(n l) h d -> n h l d", l=length) for t in qkv))
-            for (_, length), *qkv in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-        ]
+        out, start = [], 0
+        for count, length in runs:
+            run = slice(start, start + count * length)
+            batch = (rearrange(t[run], "(n l) h d -> n h l d", l=length) for t in (q, k, v))
+            attended = F.scaled_dot_product_attention(*batch)
+            out.append(rearrange(attended, "n h l d -> (n l) (h d)"))
+            start = run.stop
         return self.proj(torch.cat(out))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return rearrange(F.scaled_dot_product_attention(q, k, v), "n h l d -> (n l) (h d)")
 
 
 class VisionBlock(nn.Module):
@@ -161,7 +243,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
         out_hidden_size: int = 3584,  # the language model's width
         hidden_act: str = "silu",
         rope_parameters: dict | None = None,  # transformers 5 only: {"rope_type": "axial", "rope_theta": 1e4}
-        **_unused,
+        **ignored,
     ):
         super().__init__()
         rope = rope_parameters or {}
@@ -187,7 +269,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """Patches of all images (P, 1176), their grids (n, 3) -> (P/4, out_hidden_size), in the same order.
 
-        pixel_values: rows from `minqwen.prompt.image_patches`, images one after the other, normalised pixels.
+        pixel_values: rows from `image_patches`, images one after the other, normalised pixels.
         grid_thw: (1, gh, gw) of each image in patches; gh and gw are multiples of spatial_merge_size.
         Raises ValueError when the two do not fit together, or for video (t > 1).
         Source: Qwen2.5-VL technical report, section 2.1.1.
@@ -213,16 +295,19 @@ class Qwen2_5_VLVisionTower(nn.Module):
             )
         return [(h, w) for _, h, w in grids]
 
-    def _layout(
-        self, grids: list[tuple[int, int]], device: torch.device
-    ) -> tuple[Tensor, Tensor, Runs, Runs]:
+    def _layout(self, grids: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor, Runs, Runs]:
         """Order of all squares (n,), angles (P, 1, D/2) in that order, runs of windows, runs of images."""
-        known = {grid: image_layout(*grid, self.spatial_merge_size, self.window) for grid in set(grids)}
-        positions, orders, lengths = zip(*(known[grid] for grid in grids), strict=True)
-        starts = [0, *accumulate(map(len, orders))]
-        order = torch.cat([order + start for order, start in zip(orders, starts, strict=False)]).to(device)
+        layouts = {grid: image_layout(*grid, self.spatial_merge_size, self.window) for grid in set(grids)}
+        positions, order, lengths, start = [], [], [], 0
+        for grid in grids:
+            places, squares, windows = layouts[grid]
+            positions.append(places)
+            order.append(start + squares)
+            lengths += windows
+            start += len(squares)
+        order = torch.cat(order).to(device)
         turns = inverse_frequencies(self.head_dim // 2, self.rope_theta, device)
         # half of the pairs turn with the row, half with the column
         angles = torch.cat(positions).to(device)[order].flatten(0, 1)[..., None] * turns
-        images = run_lengths([h * w for h, w in grids])
-        return order, angles.flatten(1)[:, None], run_lengths(list(chain(*lengths))), images
+        images = run_lengths([gh * gw for gh, gw in grids])
+        return order, angles.flatten(1)[:, None], run_lengths(lengths), images

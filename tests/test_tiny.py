@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 
 from minqwen.lora import load_lora
 from minqwen.pipeline import QwenImagePipeline
-from minqwen.prompt import EDIT, EDIT_PLUS, T2I, load_tokenizer
+from minqwen.prompt import EDIT, EDIT_PLUS, T2I
+from minqwen.tokenizer import load_tokenizer
 from minqwen.world import COMBINE, KINDS, WORLD, judge, sample_drawing, sample_edit
 
 ROOT = Path(__file__).resolve().parents[1]

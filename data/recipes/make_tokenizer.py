@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from minqwen import prompt
+from minqwen.prompt import EDIT, T2I
+from minqwen.tokenizer import WORDS
 from minqwen.world import vocabulary
 
 # in the released order; only some are used, but the order fixes the ids
@@ -28,12 +29,12 @@ def build() -> Tokenizer:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(prompt.WORDS), "isolated"),
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    template = " ".join(t.text for t in (prompt.T2I, prompt.EDIT))
+    template = " ".join(t.text for t in (T2I, EDIT))
     for token in ADDED:
         template = template.replace(token, " ")
     words = template.replace("{}", " ").split() + vocabulary() + TEMPLATE_WORDS.split()

@@ -27,6 +27,7 @@ from minqwen.images import pack_latents, pixels_to_image, unpack_latents
 from minqwen.prompt import EDIT, T2I, Template, tokenize_prompts
 from minqwen.sampling import euler_step, get_sigmas, time_shift
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder, mrope_positions
+from minqwen.tokenizer import load_tokenizer
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vision import rotate
 from minqwen.world import SMALL, WORLD, Edit, World, judge, random_item, sample_drawing, sample_edit

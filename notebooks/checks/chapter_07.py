@@ -11,9 +11,10 @@ from PIL import Image
 from checks import Wrong, ask, exercise, expect, expect_finding
 from course import ROOT, TINY
 from minqwen.checkpoint import Checkpoint
-from minqwen.prompt import EDIT, image_patches, load_tokenizer, tokenize_prompts
+from minqwen.prompt import EDIT, tokenize_prompts
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder, read_config
-from minqwen.vision import Qwen2_5_VLVisionTower
+from minqwen.tokenizer import load_tokenizer
+from minqwen.vision import Qwen2_5_VLVisionTower, image_patches
 
 # ---------------------------------------------------------------------------------------------------- 07.1
 
