@@ -13,10 +13,8 @@ Chapter 09.
 
 import os
 import warnings
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -31,30 +29,30 @@ from minqwen.images import (
     resize_image,
     unpack_latents,
 )
-from minqwen.prompt import EDIT, EDIT_PLUS, T2I, drop_prefix, load_image_settings, load_tokenizer, tokenize_prompts
-from minqwen.sampling import euler_step, get_sigmas, guide
+from minqwen.prompt import EDIT, EDIT_PLUS, T2I, Prompt, drop_prefix, pad_prompts, tokenize_prompts
+from minqwen.sampling import Callback, Velocity, denoise, get_sigmas, guide
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder
+from minqwen.tokenizer import load_tokenizer
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vae import AutoencoderKLQwenImage
+from minqwen.vision import load_image_settings
 
 AREA = 1024 * 1024  # pixels of a released model's working size
 CONDITION_AREA = 384 * 384  # what the text encoder of Edit-2509 and -2511 sees of each picture
 TILE_ABOVE = 2048 * 1536  # larger pictures pass through the VAE in tiles
 TILE = 1024  # pixels a side of a tile
 GUIDE_TOGETHER = 1024  # up to so many image tokens both prompts share one forward pass: fewer, fuller operations
+LOOK_AT_EVERY_STEP = ("cpu",)  # where a look at a number waits for nothing; a GPU's numbers are looked at in the end
 FAMILIES = {"QwenImagePipeline": None, "QwenImageEditPipeline": EDIT, "QwenImageEditPlusPipeline": EDIT_PLUS}
 PARTS = {  # what holds weights
     "transformer": QwenImageTransformer2DModel,
     "vae": AutoencoderKLQwenImage,
     "text_encoder": Qwen2_5_VLTextEncoder,
 }
-OTHERS = {"QwenImage21Pipeline": "Qwen-Image-2.1", "QwenImageLayeredPipeline": "Qwen-Image-Layered"}
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json", "tokenizer.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 Images = Image.Image | str | os.PathLike | list
-Prompt = tuple[torch.Tensor, torch.Tensor | None]  # embeddings and mask, from encode_prompt
-Callback = Callable[[int, float, torch.Tensor, torch.Tensor], None]
 
 
 class QwenImagePipeline:
@@ -112,16 +110,11 @@ class QwenImagePipeline:
         settings = {}
         if template is not None:
             settings = load_image_settings(checkpoint.folder_of("processor", PROCESSOR_FILES))
-        load = checkpoint.load
-        return cls(
-            *(None if name in without else load(part, name, device, dtype) for name, part in PARTS.items()),
-            tokenizer,
-            checkpoint.config("scheduler/scheduler_config.json"),
-            settings,
-            template,
-            index.get("_area", AREA),  # only our own tiny checkpoint has these two keys
-            index.get("_true_cfg_scale", 4.0),
-        )
+        kept = {name: part for name, part in PARTS.items() if name not in without}
+        parts = {name: checkpoint.load(part, name, device, dtype) for name, part in kept.items()}
+        schedule = checkpoint.config("scheduler/scheduler_config.json")
+        area, scale = index.get("_area", AREA), index.get("_true_cfg_scale", 4.0)  # only our tiny checkpoint has these
+        return cls(*(parts.get(name) for name in PARTS), tokenizer, schedule, settings, template, area, scale)
 
     @property
     def device(self) -> torch.device:
@@ -161,13 +154,8 @@ class QwenImagePipeline:
         callback(step, sigma, latents, velocity) runs after each prediction, with the packed latents it was made on.
         Raises ValueError for sizes or latents that do not fit, FloatingPointError when the numbers overflow.
         """
-        side = calculate_dimensions(self.area, 1.0)[0]
-        width, height = _multiple_of_16(width or side, "width"), _multiple_of_16(height or side, "height")
-        scale = self.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
-        positive = self.encode_prompt(prompt)
-        negative = self._negative(negative_prompt, scale)
-        return self._sample(
-            positive, negative, [], width, height, scale, num_inference_steps, generator, latents,
+        return self._paint(
+            [], None, prompt, width, height, negative_prompt, true_cfg_scale, num_inference_steps, generator, latents,
             callback, progress,
         )  # fmt: skip
 
@@ -198,32 +186,84 @@ class QwenImagePipeline:
             raise ValueError("there is no picture to edit; to draw from words alone, use generate")
         if self.edit_template is EDIT and len(images) > 1:
             raise ValueError(f"this checkpoint edits one picture, got {len(images)}; several need Edit-2509 or -2511")
-        resized, seen = self.resize_references(images, area)
-        scale = self.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
-        positive = self.encode_prompt(prompt, seen)
-        negative = self._negative(negative_prompt, scale, seen)
-        references = [self.encode_image(image) for image in resized]
-        width = _multiple_of_16(width or resized[-1].width, "width")
-        height = _multiple_of_16(height or resized[-1].height, "height")
-        return self._sample(
-            positive, negative, references, width, height, scale, num_inference_steps, generator, latents,
-            callback, progress,
+        return self._paint(
+            images, area, prompt, width, height, negative_prompt, true_cfg_scale, num_inference_steps, generator,
+            latents, callback, progress,
         )  # fmt: skip
+
+    def _paint(
+        self, images, area, prompt, width, height, negative_prompt, true_cfg_scale, steps, generator, latents,
+        callback, progress,
+    ) -> Image.Image:  # fmt: skip
+        """What `generate` and `edit` share: encode, walk from noise to latents, decode."""
+        if self.transformer is None:
+            raise ValueError("this pipeline was opened without its transformer: it encodes, and draws nothing")
+        working, conditions = self.resize_references(images, area)
+        default = working[-1].size if working else calculate_dimensions(self.area, 1.0)
+        width = _multiple_of_16(width or default[0], "width")
+        height = _multiple_of_16(height or default[1], "height")
+        h, w = height // 16, width // 16
+        if latents is None:
+            latents = starting_noise(h, w, generator)
+        elif latents.ndim != 3 or latents.shape[:2] != (1, h * w):
+            raise ValueError(f"latents must be packed noise of shape (1, {h * w}, 64), got {tuple(latents.shape)}")
+        sigmas = get_sigmas(steps, h * w, **self.schedule)
+
+        scale = self.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
+        guided = scale > 1 and negative_prompt is not None
+        texts = [prompt, negative_prompt] if guided else [prompt]
+        prompts = [self.encode_prompt(text, conditions or None) for text in texts]
+        references = [self.encode_image(image) for image in working]
+        velocity = self.velocity(prompts, references, width, height, scale)
+        with tqdm(total=steps, desc=f"{width}x{height}", disable=not progress) as bar:
+            latents = _walk(velocity, latents.to(self.device, torch.float32), sigmas, callback, bar)
+        return self.decode(latents, width, height)
+
+    def velocity(
+        self, prompts: list[Prompt], references: list[torch.Tensor], width: int, height: int, true_cfg_scale: float
+    ) -> Velocity:
+        """velocity(latents, sigma) of a picture of width x height pixels, for `denoise`.
+
+        prompts: encoded, one, or two (positive, negative) for guidance. references: latents from encode_image; they
+        stand behind the target's tokens, clean, at every step, and what the model says about them is dropped.
+        """
+        shapes = [(1, height // 16, width // 16)]
+        shapes += [(1, z.shape[-2] // 2, z.shape[-1] // 2) for z in references]
+        clean = [pack_latents(z).to(self.dtype) for z in references]
+        if len(prompts) == 2 and sum(h * w for _, h, w in shapes) <= GUIDE_TOGETHER:
+            prompts = [pad_prompts(prompts)]
+
+        @torch.inference_mode()
+        def velocity(latents: torch.Tensor, sigma: float) -> torch.Tensor:
+            tokens = torch.cat([latents.to(self.dtype), *clean], dim=1)
+            timestep = torch.full((1,), sigma, device=self.device)  # filled there: a copy would wait for the GPU
+            predictions = []
+            for embeds, mask in prompts:
+                rows = tokens.expand(len(embeds), -1, -1)
+                rows = self.transformer(rows, embeds, mask, timestep, [shapes])
+                predictions += rows[:, : latents.shape[1]].split(1)
+            return guide(*predictions, true_cfg_scale) if len(predictions) == 2 else predictions[0]
+
+        return velocity
 
     def resize_references(
         self, images: list[Image.Image], area: int | None = None
     ) -> tuple[list[Image.Image], list[Image.Image]]:
-        """RGB pictures at the working size of `area` pixels: as the transformer and as the text encoder see them."""
-        area, small = area or self.area, min(CONDITION_AREA, area or self.area)
-        resized = [resize_image(i, *calculate_dimensions(area, i.width / i.height)) for i in images]
+        """Two copies of each RGB picture: the reference, and what the text encoder looks at.
+
+        References have the working size of `area` pixels. Edit-2509 and -2511 look at smaller copies, resized from
+        the given pictures; the others look at the references.
+        """
+        area = area or self.area
+        references = [_resize_to(area, image) for image in images]
         if self.edit_template is not EDIT_PLUS:
-            return resized, resized
-        return resized, [resize_image(i, *calculate_dimensions(small, i.width / i.height)) for i in images]
+            return references, references
+        return references, [_resize_to(min(CONDITION_AREA, area), image) for image in images]
 
     @torch.inference_mode()
     def encode_prompt(
         self, prompt: str | list[str], images: Images | None = None, max_sequence_length: int = 512
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Prompt:
         """Prompt embeddings (B, Nt, C), zero where padded, and their mask (B, Nt), None if every token is valid.
 
         images: the pictures that a prompt speaks of, at the size at which the text encoder is to see them.
@@ -232,15 +272,11 @@ class QwenImagePipeline:
         if images is not None and self.edit_template is None:
             raise ValueError("this checkpoint only draws; open an Edit checkpoint to change pictures")
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        images = images if images is None or isinstance(images, list | tuple) else [images]
-        tokens = tokenize_prompts(
-            self.tokenizer,
-            prompts,
-            None if images is None else [list(images)] * len(prompts),
-            T2I if images is None else self.edit_template,
-            max_sequence_length,
-            self.image_settings,
-        )
+        template, pictures = T2I, None
+        if images is not None:
+            images = list(images) if isinstance(images, list | tuple) else [images]
+            template, pictures = self.edit_template, [images] * len(prompts)
+        tokens = tokenize_prompts(self.tokenizer, prompts, pictures, template, max_sequence_length, self.image_settings)
         inputs = [None if x is None else x.to(self.device) for x in tokens[:4]]
         return drop_prefix(self.text_encoder(*inputs), inputs[1], tokens.drop)
 
@@ -258,86 +294,55 @@ class QwenImagePipeline:
         latents = unpack_latents(latents, height // 8, width // 8).to(self.device, self.dtype)
         return pixels_to_image(self.vae.decode(self.vae.denormalize(latents), tile=tile))
 
-    def _negative(self, negative_prompt: str | None, scale: float, images: list | None = None):
-        if scale <= 1 or negative_prompt is None:
-            return None
-        return self.encode_prompt(negative_prompt, images)
 
-    @torch.inference_mode()
-    def _sample(
-        self, positive, negative, references, width, height, scale, steps, generator, latents, callback, progress
-    ) -> Image.Image:
-        if self.transformer is None:
-            raise ValueError("this pipeline was opened without its transformer: it encodes, and draws nothing")
-        h, w = height // 16, width // 16
-        latents = self._noise(h, w, generator) if latents is None else _checked(latents, h, w)
-        latents = latents.to(self.device, torch.float32)
-        shapes = [(1, h, w)] + [(1, z.shape[-2] // 2, z.shape[-1] // 2) for z in references]
-        reference = [pack_latents(z).to(self.dtype) for z in references]
-        sigmas = get_sigmas(steps, h * w, **self.schedule).tolist()
-
-        both = negative is not None and sum(h * w for _, h, w in shapes) <= GUIDE_TOGETHER
-        joint = join_prompts(positive, negative) if both else None
-
-        def velocity(prompt, sigma):
-            tokens = torch.cat([latents.to(self.dtype), *reference], dim=1).expand(len(prompt[0]), -1, -1)
-            timestep = torch.tensor([sigma], device=self.device)  # one, for all rows
-            return self.transformer(tokens, *prompt, timestep, [shapes])[:, : h * w]
-
-        for step in tqdm(range(steps), desc=f"{width}x{height}", disable=not progress):
-            if negative is None:
-                v = velocity(positive, sigmas[step])
-            elif both:
-                v = guide(*velocity(joint, sigmas[step]).split(1), scale)
-            else:
-                v = guide(velocity(positive, sigmas[step]), velocity(negative, sigmas[step]), scale)
-            if not v.isfinite().all():
-                raise FloatingPointError(
-                    f"step {step}: numbers are no longer finite; try dtype=torch.float32"
-                )
-            if callback is not None:
-                callback(step, sigmas[step], latents, v)
-            latents = euler_step(latents, v, sigmas[step], sigmas[step + 1])
-        return self.decode(latents, width, height)
-
-    def _noise(self, h: int, w: int, generator: torch.Generator | None) -> torch.Tensor:
-        """Starting noise, drawn in float32 on the generator's device: the same picture on every machine."""
-        device = generator.device if generator is not None else "cpu"
-        return pack_latents(torch.randn(1, 16, 1, 2 * h, 2 * w, generator=generator, device=device))
+def starting_noise(h: int, w: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Noise (1, h * w, 64), drawn in float32 on the generator's device: the same picture on every machine."""
+    device = generator.device if generator is not None else "cpu"
+    return pack_latents(torch.randn(1, 16, 1, 2 * h, 2 * w, generator=generator, device=device))
 
 
-def join_prompts(positive: Prompt, negative: Prompt) -> Prompt:
-    """Two prompts as one batch, zeros behind the shorter, and the mask that hides them (None: equally long)."""
-    embeds, masks = zip(positive, negative, strict=True)
-    longest = max(e.shape[1] for e in embeds)
-    masks = [e.new_ones(e.shape[:2], dtype=torch.bool) if m is None else m for e, m in zip(embeds, masks, strict=True)]
-    embeds = torch.cat([F.pad(e, (0, 0, 0, longest - e.shape[1])) for e in embeds])
-    mask = torch.cat([F.pad(m, (0, longest - m.shape[1])) for m in masks])
-    return embeds, None if mask.all() else mask
+def _walk(
+    velocity: Velocity, latents: torch.Tensor, sigmas: torch.Tensor, callback: Callback | None, bar: tqdm
+) -> torch.Tensor:
+    """`denoise` with a progress bar, and an error in place of a black picture."""
+    finite = []  # a flag a step, which stays on the device
+
+    def watch(step: int, sigma: float, latents: torch.Tensor, v: torch.Tensor) -> None:
+        finite.append(v.isfinite().all())
+        if v.device.type in LOOK_AT_EVERY_STEP:
+            _expect_finite(finite)
+        if callback is not None:
+            callback(step, sigma, latents, v)
+        bar.update()
+
+    latents = denoise(velocity, latents, sigmas, callback=watch)
+    _expect_finite(finite)
+    return latents
+
+
+def _expect_finite(flags: list[torch.Tensor]) -> None:
+    steps = torch.stack(flags).tolist()
+    if False in steps:
+        raise FloatingPointError(f"step {steps.index(False)}: numbers are no longer finite; try dtype=torch.float32")
 
 
 def _edit_template(index: dict, source: str):
     family = index.get("_class_name")
     if family not in FAMILIES:
-        name = OTHERS.get(family, family)
         raise ValueError(
-            f"{source} holds {name}, which minqwen does not compute; it runs Qwen-Image, Qwen-Image-2512, "
+            f"{source} is made for {family}, which minqwen does not compute; it runs Qwen-Image, Qwen-Image-2512, "
             "Qwen-Image-Edit, -Edit-2509 and -Edit-2511"
         )
     return FAMILIES[family]
+
+
+def _resize_to(area: int, image: Image.Image) -> Image.Image:
+    return resize_image(image, *calculate_dimensions(area, image.width / image.height))
 
 
 def _multiple_of_16(side: int, name: str) -> int:
     if side < 16:
         raise ValueError(f"{name} is {side} pixels; the smallest is 16")
     if side % 16:
-        warnings.warn(
-            f"{name} {side} is no multiple of 16, so the picture has {side // 16 * 16}", stacklevel=3
-        )
+        warnings.warn(f"{name} {side} is no multiple of 16, so the picture has {side // 16 * 16}", stacklevel=4)
     return side // 16 * 16
-
-
-def _checked(latents: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    if latents.ndim != 3 or latents.shape[:2] != (1, h * w):
-        raise ValueError(f"latents must be packed noise of shape (1, {h * w}, 64), got {tuple(latents.shape)}")
-    return latents

@@ -19,15 +19,8 @@ import torch
 import torch.nn.functional as F
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-MUST_BE_OFF = (
-    "invert_sigmas",
-    "stochastic_sampling",
-    "use_beta_sigmas",
-    "use_exponential_sigmas",
-    "use_karras_sigmas",
-)
-
 Velocity = Callable[[torch.Tensor, float], torch.Tensor]  # latents, sigma -> noise minus picture
+Callback = Callable[[int, float, torch.Tensor, torch.Tensor], None]  # step, sigma, latents, velocity
 
 
 def get_sigmas(
@@ -70,10 +63,9 @@ def resolution_shift(
     """
     if others.get("_class_name", SCHEDULER) != SCHEDULER:
         raise ValueError(f"the scheduler is a {others['_class_name']}; minqwen computes {SCHEDULER} only")
-    on = [key for key in MUST_BE_OFF if others.pop(key, False)]
-    unknown = [key for key in others if not key.startswith("_")]
-    if on or unknown or time_shift_type != "exponential":
-        raise ValueError(f"scheduler config not computed here: {on + unknown or time_shift_type}")
+    on = [key for key, value in others.items() if value and not key.startswith("_")]  # a switch that is off is fine
+    if on or time_shift_type != "exponential":
+        raise ValueError(f"scheduler config not computed here: {on or time_shift_type}")
     if not use_dynamic_shifting:
         return shift
     length = max_image_seq_len - base_image_seq_len
@@ -101,7 +93,7 @@ def denoise(
     latents: torch.Tensor,
     sigmas: Iterable[float] | torch.Tensor,
     step: Callable[..., torch.Tensor] = euler_step,
-    callback: Callable[[int, float, torch.Tensor, torch.Tensor], None] | None = None,
+    callback: Callback | None = None,
 ) -> torch.Tensor:
     """Walk from noise to a picture's latents: the loop of every sampler.
 
@@ -123,7 +115,7 @@ def guide(positive: torch.Tensor, negative: torch.Tensor, true_cfg_scale: float)
 
     positive, negative (B, N, 64): velocities under the two prompts  ->  (B, N, 64); scale 1 changes nothing.
     The length is taken over the 64 numbers of each token; a token of zeros stays zero
-    (NaN in diffusers). Source: Ho and Salimans 2022; QwenImagePipeline.
+    (NaN in diffusers). Source: Ho and Salimans 2022; diffusers' QwenImagePipeline.
     """
     positive, negative = positive.float(), negative.float()
     combined = negative + true_cfg_scale * (positive - negative)

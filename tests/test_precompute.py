@@ -105,16 +105,17 @@ def test_sizes_are_those_of_edit(pipe, data, monkeypatch):
     """What `edit` hands to its encoders for the same control picture and caption."""
     seen = {}
     whole = QwenImagePipeline.from_pretrained(TINY, device="cpu", dtype=torch.float32)
+    real = whole.velocity
     for template in (whole.edit_template, EDIT_PLUS):
         for area in (None, 48 * 80):
             whole.edit_template = pipe.edit_template = template
             monkeypatch.setattr("minqwen.pipeline.CONDITION_AREA", 32 * 32)
-            monkeypatch.setattr(whole, "_sample", lambda *a, **k: seen.update(positive=a[0], negative=a[1], refs=a[2]))
+            monkeypatch.setattr(whole, "velocity", lambda *a: seen.update(prompts=a[0], refs=a[1]) or real(*a))
             for sample, source in zip(run(pipe, data, None, area=area),
                                       find_sources(data / "images", data / "control"), strict=True):  # fmt: skip
-                whole.edit(source.pictures[1], source.caption, area=area, progress=False)
-                assert torch.equal(sample.embeds, seen["positive"][0])
-                assert torch.equal(sample.empty, seen["negative"][0])
+                whole.edit(source.pictures[1], source.caption, area=area, num_inference_steps=1, progress=False)
+                assert torch.equal(sample.embeds, seen["prompts"][0][0])
+                assert torch.equal(sample.empty, seen["prompts"][1][0])
                 assert torch.equal(sample.control[0], seen["refs"][0])
 
 

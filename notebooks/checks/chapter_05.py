@@ -14,7 +14,8 @@ from checks import Wrong, ask, exercise, expect, expect_five
 from course import TINY
 from minqwen.checkpoint import Checkpoint
 from minqwen.images import pack_latents
-from minqwen.pipeline import QwenImagePipeline, join_prompts
+from minqwen.pipeline import QwenImagePipeline
+from minqwen.prompt import pad_prompts
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.world import sample_edit
 
@@ -138,7 +139,7 @@ def real() -> tuple:
     pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu")
     task = sample_edit(default_rng(5), "recolour")
     prompts = [pipe.encode_prompt(words, [task.source]) for words in (task.instruction, " ")]
-    embeds, mask = join_prompts(*prompts)
+    embeds, mask = pad_prompts(prompts)
     x0, reference = (pack_latents(pipe.encode_image(picture)) for picture in (task.target, task.source))
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     latents = torch.cat([0.3 * x0 + 0.7 * noise, reference], dim=1).expand(2, -1, -1)

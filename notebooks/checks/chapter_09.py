@@ -15,7 +15,8 @@ from course import TINY
 from minqwen.checkpoint import Checkpoint
 from minqwen.difference import record
 from minqwen.images import pack_latents
-from minqwen.pipeline import QwenImagePipeline, join_prompts
+from minqwen.pipeline import QwenImagePipeline
+from minqwen.prompt import pad_prompts
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.world import sample_edit
 
@@ -138,7 +139,7 @@ def trained() -> tuple:
     x = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(2))
     tokens = torch.cat([x, pack_latents(pipe.encode_image(task.source))], dim=1).expand(2, -1, -1)
     sigma, shapes = torch.tensor([0.8]), [[(1, 4, 4)] * 2]
-    kept = record(pipe.transformer, tokens, *join_prompts(*prompts), sigma, shapes)
+    kept = record(pipe.transformer, tokens, *pad_prompts(prompts), sigma, shapes)
     hidden, temb = kept["norm_out < 0"][:, :16].clone(), kept["time_text_embed > 0"].clone()
     names = ("norm_out.", "proj_out.")
     tensors = {n: t.clone() for n, t in pipe.transformer.state_dict().items() if n.startswith(names)}
