@@ -23,7 +23,7 @@ class QwenDoubleStreamAttention(nn.Module):
     encoder_hidden_states_mask: (B, Nt), true or 1 where the token is real, any pattern, or None if all are;
     image_rotary_emb: (image table, text table) of QwenEmbedRope, or None  ->  (image, text).
     Text tokens that the mask excludes are seen by nobody; what comes back in their place means nothing.
-    Source: SEED.md section 3, QwenDoubleStreamAttnProcessor2_0.
+    Source: diffusers' QwenDoubleStreamAttnProcessor2_0; Esser et al. 2024 (MM-DiT).
     """
 
     def __init__(
@@ -50,29 +50,40 @@ class QwenDoubleStreamAttention(nn.Module):
         image_rotary_emb: tuple[Rotary, Rotary] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         img, txt = hidden_states, encoder_hidden_states
-        img_q, img_k, img_v = (self.split_heads(proj(img)) for proj in (self.to_q, self.to_k, self.to_v))
-        txt_q, txt_k, txt_v = (self.split_heads(p(txt)) for p in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
+        img_q = self.split_heads(self.to_q(img))
+        img_k = self.split_heads(self.to_k(img))
+        img_v = self.split_heads(self.to_v(img))
+        txt_q = self.split_heads(self.add_q_proj(txt))
+        txt_k = self.split_heads(self.add_k_proj(txt))
+        txt_v = self.split_heads(self.add_v_proj(txt))
         img_q, img_k = self.norm_q(img_q), self.norm_k(img_k)
         txt_q, txt_k = self.norm_added_q(txt_q), self.norm_added_k(txt_k)
 
         if image_rotary_emb is not None:
             img_freqs, txt_freqs = image_rotary_emb
-            img_q, img_k = (apply_rotary_emb_qwen(x, img_freqs) for x in (img_q, img_k))
-            txt_q, txt_k = (apply_rotary_emb_qwen(x, txt_freqs) for x in (txt_q, txt_k))
+            img_q = apply_rotary_emb_qwen(img_q, img_freqs)
+            img_k = apply_rotary_emb_qwen(img_k, img_freqs)
+            txt_q = apply_rotary_emb_qwen(txt_q, txt_freqs)
+            txt_k = apply_rotary_emb_qwen(txt_k, txt_freqs)
 
-        q, k, v = (  # (B, H, Nt + Ni, D)
-            rearrange(torch.cat(pair, dim=1), "B N H D -> B H N D")
-            for pair in ((txt_q, img_q), (txt_k, img_k), (txt_v, img_v))
-        )
+        q, k, v = join(txt_q, img_q), join(txt_k, img_k), join(txt_v, img_v)
         mask = joint_key_mask(encoder_hidden_states_mask, img.shape[1])
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # scale 1 / sqrt(D)
-        txt, img = rearrange(out, "B H N D -> B N (H D)").split([txt.shape[1], img.shape[1]], dim=1)
+        out = rearrange(out, "B H N D -> B N (H D)")
+        txt, img = out.split([txt.shape[1], img.shape[1]], dim=1)
         return self.to_out[0](img), self.to_add_out(txt)
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
         return rearrange(x, "B N (H D) -> B N H D", H=self.heads)
 
 
+def join(txt: torch.Tensor, img: torch.Tensor) -> torch.Tensor:
+    """Text (B, Nt, H, D) and image (B, Ni, H, D) as one sequence, the text first: (B, H, Nt + Ni, D)."""
+    return rearrange(torch.cat([txt, img], dim=1), "B N H D -> B H N D")
+
+
 def joint_key_mask(text_mask: torch.Tensor | None, image_tokens: int) -> torch.Tensor | None:
     """Text mask (B, Nt) -> mask over the keys [text, image] (B, 1, 1, Nt + Ni); image tokens are always seen."""
-    return None if text_mask is None else F.pad(text_mask.bool(), (0, image_tokens), value=True)[:, None, None]
+    if text_mask is None:
+        return None
+    return F.pad(text_mask.bool(), (0, image_tokens), value=True)[:, None, None]

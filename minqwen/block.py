@@ -3,10 +3,13 @@
     image (B, Ni, C), text (B, Nt, C), temb (B, C)  ->  text, image of the same shapes
 
 The noise level speaks through six vectors a stream (shift, scale, gate for attention and for the MLP), made
-from temb alone: a third of all the model's parameters sit in the two linear layers that make them.
+from temb alone: a third of all the model's parameters sit in the two linear layers that make them. Whoever knows
+the noise levels beforehand can make the vectors apart (`modulations`), hand them in, and do without these layers.
 The surprise: the result comes back as (text, image), the arguments go in as (image, text), as in the reference.
 Matches diffusers' QwenImageTransformerBlock (tests/test_block.py). Chapter 04.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +41,33 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+class Modulation(NamedTuple):
+    """What the noise level says to attention or to the MLP of one stream: three tensors (B, 1, C) or (B, N, C)."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+    gate: torch.Tensor
+
+
+def modulate(x: torch.Tensor, mod: Modulation) -> torch.Tensor:
+    return x * (1 + mod.scale) + mod.shift
+
+
+def split(vectors: torch.Tensor) -> tuple[Modulation, Modulation]:
+    """Six vectors in a row, (B, N, 6C)  ->  those for attention and those for the MLP."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = vectors.chunk(6, dim=-1)
+    return Modulation(shift1, scale1, gate1), Modulation(shift2, scale2, gate2)
+
+
 class QwenImageTransformerBlock(nn.Module):
     """A double-stream block.
 
     hidden_states: image tokens (B, Ni, C); encoder_hidden_states: text tokens (B, Nt, C); temb (B, C);
-    mask and rotary tables as in QwenDoubleStreamAttention  ->  (text, image).
+    mask and rotary tables as in QwenDoubleStreamAttention; modulations: ready-made, as `modulations` gives them,
+    and then temb is not read  ->  (text, image).
     zero_cond_t (Edit-2511): temb is (2B, C), rows for the noise level, then rows for noise 0; the first
     target_tokens image tokens take the former, the reference pictures behind them the latter; text the former.
-    Source: SEED.md section 2.
+    Source: diffusers' class of this name; Peebles and Xie 2023 (adaLN-Zero).
     """
 
     def __init__(
@@ -72,42 +94,46 @@ class QwenImageTransformerBlock(nn.Module):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        temb: torch.Tensor,
+        temb: torch.Tensor | None,
         encoder_hidden_states_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[Rotary, Rotary] | None = None,
         target_tokens: int | None = None,
+        modulations: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         img, txt = hidden_states, encoder_hidden_states
-        img_mods, txt_mods = self.modulations(temb, img.shape[1], target_tokens)
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mods
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mods
+        img_vectors, txt_vectors = self.modulations(temb) if modulations is None else modulations
+        img_mod1, img_mod2 = split(self.spread(img_vectors, img.shape[1], target_tokens))
+        txt_mod1, txt_mod2 = split(txt_vectors[:, None])
 
         img_attn, txt_attn = self.attn(
-            _modulate(self.img_norm1(img), img_shift1, img_scale1),
-            _modulate(self.txt_norm1(txt), txt_shift1, txt_scale1),
+            modulate(self.img_norm1(img), img_mod1),
+            modulate(self.txt_norm1(txt), txt_mod1),
             encoder_hidden_states_mask,
             image_rotary_emb,
         )
-        img = img + img_gate1 * img_attn
-        txt = txt + txt_gate1 * txt_attn
+        img = img + img_mod1.gate * img_attn
+        txt = txt + txt_mod1.gate * txt_attn
 
-        img = img + img_gate2 * self.img_mlp(_modulate(self.img_norm2(img), img_shift2, img_scale2))
-        txt = txt + txt_gate2 * self.txt_mlp(_modulate(self.txt_norm2(txt), txt_shift2, txt_scale2))
+        img = img + img_mod2.gate * self.img_mlp(modulate(self.img_norm2(img), img_mod2))
+        txt = txt + txt_mod2.gate * self.txt_mlp(modulate(self.txt_norm2(txt), txt_mod2))
         return clip_fp16(txt), clip_fp16(img)
 
-    def modulations(self, temb: torch.Tensor, image_tokens: int, target_tokens: int | None):
-        """Six tensors for each stream, (B, 1, C), or (B, Ni, C) for the image of a zero_cond_t model."""
-        img = self.img_mod(temb)[:, None]
-        if self.zero_cond_t:
-            temb = temb.chunk(2)[0]
-            noisy, clean = img.chunk(2)
-            n_clean = image_tokens - target_tokens
-            img = torch.cat([noisy.expand(-1, target_tokens, -1), clean.expand(-1, n_clean, -1)], dim=1)
-        return img.chunk(6, dim=-1), self.txt_mod(temb)[:, None].chunk(6, dim=-1)
+    def modulations(self, temb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Six vectors a stream for each noise level: (B, C) -> image (B, 6C), text (B, 6C); they read nothing else.
 
+        zero_cond_t: (2B, C) -> image (2B, 6C), the rows of noise 0 behind, and text (B, 6C).
+        """
+        text_temb = temb.chunk(2)[0] if self.zero_cond_t else temb
+        return self.img_mod(temb), self.txt_mod(text_temb)
 
-def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return x * (1 + scale) + shift
+    def spread(self, vectors: torch.Tensor, image_tokens: int, target_tokens: int | None) -> torch.Tensor:
+        """The image's vectors over its tokens: (B, 1, 6C), one row for all; zero_cond_t: (B, Ni, 6C), each its own."""
+        if not self.zero_cond_t:
+            return vectors[:, None]
+        noisy, clean = vectors[:, None].chunk(2)
+        noisy = noisy.expand(-1, target_tokens, -1)
+        clean = clean.expand(-1, image_tokens - target_tokens, -1)
+        return torch.cat([noisy, clean], dim=1)
 
 
 def clip_fp16(x: torch.Tensor) -> torch.Tensor:

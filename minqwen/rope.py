@@ -22,11 +22,13 @@ def apply_rotary_emb_qwen(x: torch.Tensor, freqs_cis: Rotary, use_real: bool = T
     x (B, N, H, D) -> (B, N, H, D), computed in float32 and returned in the dtype of x.
     use_real=True takes freqs_cis = (cos, sin), each (N, D/2); False takes the complex table (N, D/2), and
     multiplies complex numbers instead. Both give the same numbers; the real form also runs where complex
-    tensors do not (MPS, torch.compile). Source: Su et al. 2021 (RoFormer); SEED.md, apply_rotary_emb_qwen.
+    tensors do not (MPS, torch.compile). Source: Su et al. 2021 (RoFormer); diffusers' function
+    of this name.
     """
     pairs = x.float().unflatten(-1, (-1, 2))  # (B, N, H, D/2, 2)
     if use_real:
-        cos, sin = (table[:, None] for table in freqs_cis)  # (N, 1, D/2)
+        cos, sin = freqs_cis
+        cos, sin = cos[:, None], sin[:, None]  # (N, 1, D/2): one angle for all heads of a token
         x1, x2 = pairs.unbind(-1)
         out = torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1)
     else:
@@ -40,7 +42,7 @@ class QwenEmbedRope(nn.Module):
     video_fhw: the (frames, height, width) of each image in tokens, target first; txt_seq_lens: text lengths of
     the batch (the longest counts)  ->  (vid_freqs, txt_freqs) as (cos, sin) pairs of shape (N, D/2), or as
     complex tensors with use_real=False. N = sum of frames * height * width for images.
-    Tables are float32 and cached by image in `rope_cache`. Source: SEED.md section 4.
+    Tables are float32 and cached by image in `rope_cache`. Source: diffusers' class of this name.
     """
 
     def __init__(
@@ -63,16 +65,18 @@ class QwenEmbedRope(nn.Module):
 
     def axis_positions(self, n: int, device: torch.device | None = None) -> torch.Tensor:
         """Positions of n tokens along height or width: 0 ... n-1, or centred: -(n - n//2) ... n//2 - 1."""
-        return torch.arange(n, device=device) - (n - n // 2 if self.scale_rope else 0)
+        first = -(n - n // 2) if self.scale_rope else 0
+        return torch.arange(first, first + n, device=device)
 
     def _compute_video_freqs(self, frame: int, height: int, width: int, idx: int, device) -> torch.Tensor:
-        positions = (
-            torch.arange(idx, idx + frame, device=device),
-            *(self.axis_positions(n, device) for n in (height, width)),
-        )
-        t, y, x = (self.rope_params(p, dim) for p, dim in zip(positions, self.axes_dim, strict=True))
+        frame_dim, height_dim, width_dim = self.axes_dim
+        t = self.rope_params(torch.arange(idx, idx + frame, device=device), frame_dim)
+        y = self.rope_params(self.axis_positions(height, device), height_dim)
+        x = self.rope_params(self.axis_positions(width, device), width_dim)
         grid = (frame, height, width, -1)
-        t, y, x = t[:, None, None].expand(grid), y[None, :, None].expand(grid), x[None, None].expand(grid)
+        t = t[:, None, None].expand(grid)
+        y = y[None, :, None].expand(grid)
+        x = x[None, None, :].expand(grid)
         return torch.cat([t, y, x], dim=-1).flatten(0, 2)  # (frame * height * width, D/2)
 
     def video_freqs(self, frame: int, height: int, width: int, idx: int, device=None) -> torch.Tensor:
@@ -92,9 +96,10 @@ class QwenEmbedRope(nn.Module):
     ) -> tuple[Rotary, Rotary]:
         shapes = [video_fhw] if isinstance(video_fhw, tuple) else video_fhw
         vid = torch.cat([self.video_freqs(*fhw, idx, device) for idx, fhw in enumerate(shapes)])
-        max_vid_index = max(max(h, w) // 2 if self.scale_rope else max(h, w) for _, h, w in shapes)
-        max_len = txt_seq_lens if isinstance(txt_seq_lens, int) else max(txt_seq_lens)
-        index = max_vid_index + torch.arange(max_len, device=device)
+        longest_side = max(max(height, width) for _, height, width in shapes)
+        text_start = longest_side // 2 if self.scale_rope else longest_side
+        text_length = txt_seq_lens if isinstance(txt_seq_lens, int) else max(txt_seq_lens)
+        index = torch.arange(text_start, text_start + text_length, device=device)
         txt = torch.cat([self.rope_params(index, dim) for dim in self.axes_dim], dim=-1)  # the same on all axes
         if self.use_real:
             return (vid.cos(), vid.sin()), (txt.cos(), txt.sin())

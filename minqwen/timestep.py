@@ -27,22 +27,22 @@ def get_timestep_embedding(
     """Sinusoids of each timestep, in float32.
 
     timesteps (B,), any real numbers  ->  (B, embedding_dim), in [-1, 1].
-    Wave k of half = embedding_dim // 2 has the angle scale * t * max_period^(-k / (half - downscale_freq_shift)).
+    Wave k of half_dim = embedding_dim // 2 turns by scale * t * max_period^(-k / (half_dim - downscale_freq_shift)).
     flip_sin_to_cos puts the cosines first; an odd embedding_dim ends in a column of zeros.
     Raises ValueError when timesteps is not one-dimensional or when no frequency can be formed.
-    Source: Ho et al. 2020 (DDPM), after Vaswani et al. 2017; SEED.md, get_timestep_embedding.
+    Source: Ho et al. 2020 (DDPM), after Vaswani et al. 2017; diffusers' get_timestep_embedding in models/embeddings.py.
     """
     if timesteps.ndim != 1:
         raise ValueError(f"timesteps must have shape (B,), got {tuple(timesteps.shape)}")
-    half = embedding_dim // 2
-    if half <= downscale_freq_shift:
+    half_dim = embedding_dim // 2
+    if half_dim <= downscale_freq_shift:
         raise ValueError(
-            f"embedding_dim // 2 = {half} must exceed downscale_freq_shift = {downscale_freq_shift}; "
+            f"embedding_dim // 2 = {half_dim} must exceed downscale_freq_shift = {downscale_freq_shift}; "
             "take a larger embedding_dim"
         )
-    k = torch.arange(half, dtype=torch.float32, device=timesteps.device)
-    freqs = torch.exp(-math.log(max_period) * k / (half - downscale_freq_shift))
-    angles = scale * (timesteps[:, None].float() * freqs)  # (B, half)
+    k = torch.arange(half_dim, dtype=torch.float32, device=timesteps.device)
+    freqs = torch.exp(-math.log(max_period) * k / (half_dim - downscale_freq_shift))
+    angles = scale * (timesteps[:, None].float() * freqs)  # (B, half_dim)
     waves = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
     return F.pad(torch.cat(waves, dim=-1), (0, embedding_dim % 2))
 
@@ -63,7 +63,7 @@ class QwenTimestepProjEmbeddings(nn.Module):
     """Noise level -> conditioning vector.
 
     timestep (B,), sigma in [0, 1]; hidden_states: any tensor of the dtype to compute in  ->  (B, embedding_dim).
-    Source: SEED.md section 5.
+    Source: diffusers' class of this name.
     """
 
     def __init__(self, embedding_dim: int):

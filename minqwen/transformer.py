@@ -18,32 +18,44 @@ from minqwen.block import QwenImageTransformerBlock
 from minqwen.rope import QwenEmbedRope
 from minqwen.timestep import QwenTimestepProjEmbeddings
 
-STALE_KEYS = ("pooled_projection_dim",)  # in the released config.json, read by nobody
-MUST_BE_FALSE = {
+UNREAD_KEYS = ("pooled_projection_dim",)  # in the released config.json, read by nobody
+OTHER_MODELS = {  # keys that are true in models which compute something else
     "guidance_embeds": "a guidance-distilled variant",
     "use_additional_t_cond": "Qwen-Image-Layered",
     "use_layer3d_rope": "Qwen-Image-Layered",
 }
+Modulations = tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]  # image and text of each block; the exit's
 
 
 class AdaLayerNormContinuous(nn.Module):
-    """LayerNorm modulated by temb: (B, N, C), (B, C) -> (B, N, C)."""
+    """LayerNorm modulated by temb: (B, N, C), (B, C) -> (B, N, C). Rows of temb beyond B (zero_cond_t) are not read.
+
+    modulations: ready-made, (B, 2C), as `modulations` gives them, and then temb is not read.
+    """
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
         self.linear = nn.Linear(dim, 2 * dim)
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
 
-    def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        scale, shift = self.linear(F.silu(temb))[:, None].chunk(2, dim=-1)
+    def forward(
+        self, x: torch.Tensor, temb: torch.Tensor | None, modulations: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        vectors = self.modulations(temb[: len(x)]) if modulations is None else modulations
+        scale, shift = vectors[:, None].chunk(2, dim=-1)
         return self.norm(x) * (1 + scale) + shift
+
+    def modulations(self, temb: torch.Tensor) -> torch.Tensor:
+        """Scale and shift: (B, C) -> (B, 2C)."""
+        return self.linear(F.silu(temb))
 
 
 class QwenImageTransformer2DModel(nn.Module):
     """The denoiser of Qwen-Image, Qwen-Image-Edit, -Edit-2509 and (zero_cond_t) -Edit-2511.
 
-    The keywords are the keys of transformer/config.json, the defaults are the released values.
-    Raises ValueError for a variant that this class does not compute. Source: SEED.md section 1.
+    The keywords are the keys of transformer/config.json, the defaults are the released values; `config` keeps them.
+    Raises ValueError for a variant that this class does not compute. Source: diffusers' class of this name; Qwen-Image
+    Technical Report, 2025.
     """
 
     def __init__(
@@ -57,11 +69,13 @@ class QwenImageTransformer2DModel(nn.Module):
         joint_attention_dim: int = 3584,  # width of the text encoder
         axes_dims_rope: tuple[int, int, int] = (16, 56, 56),  # frame, height, width; sums to D
         zero_cond_t: bool = False,  # Edit-2511: reference pictures are modulated as if at noise 0
-        **stale,
+        **other_keys,
     ):
+        own_keys = {key: value for key, value in locals().items() if key not in ("self", "__class__", "other_keys")}
         super().__init__()
-        _check_config(stale, axes_dims_rope, attention_head_dim)
-        self.in_channels, self.zero_cond_t = in_channels, zero_cond_t
+        _check_config(other_keys, axes_dims_rope, attention_head_dim)
+        self.config = own_keys | {key: value for key, value in other_keys.items() if not key.startswith("_")}
+        self.zero_cond_t = zero_cond_t
         dim = num_attention_heads * attention_head_dim
         self.pos_embed = QwenEmbedRope(10000, tuple(axes_dims_rope), scale_rope=True)
         self.time_text_embed = QwenTimestepProjEmbeddings(dim)
@@ -82,38 +96,55 @@ class QwenImageTransformer2DModel(nn.Module):
         encoder_hidden_states_mask: torch.Tensor | None = None,
         timestep: torch.Tensor | None = None,
         img_shapes: list[list[tuple[int, int, int]]] | None = None,
+        modulations: Modulations | None = None,
     ) -> torch.Tensor:
         """Velocity (noise minus clean latents) of every image token.
 
         hidden_states: packed latents (B, Ni, 64), target first, then references;
         encoder_hidden_states: prompt embeddings (B, Nt, 3584); encoder_hidden_states_mask (B, Nt) or None;
         timestep (B,): sigma in [0, 1]; img_shapes: for each sample the (frames, h, w) in tokens of target and
-        references, the same for all samples of a batch  ->  (B, Ni, 64). Raises ValueError on a mismatch.
+        references, the same for all samples of a batch; modulations: what the noise level says, ready-made as
+        `modulations` gives it, and then timestep is not read and no layer that makes it is run  ->  (B, Ni, 64).
+        Raises ValueError on a mismatch.
         """
         shapes = _common_shapes(hidden_states, img_shapes)
-        if timestep is None:
-            raise ValueError("timestep is missing: pass the noise level of each sample, (B,), in [0, 1]")
         img = self.img_in(hidden_states)
         txt = self.txt_in(self.txt_norm(encoder_hidden_states))
-
-        # diffusers rounds sigma to the model's dtype first; kept in float32 a bf16 model is nearer the truth
-        timestep = torch.cat([timestep, timestep * 0]) if self.zero_cond_t else timestep
-        temb = self.time_text_embed(timestep, img)
+        if modulations is None:  # then each block makes its own
+            temb = self.embed_timestep(timestep, img)
+            of_blocks, of_exit = [None] * len(self.transformer_blocks), None
+        else:
+            temb = None
+            of_blocks, of_exit = modulations
         rotary = self.pos_embed(shapes, txt.shape[1], img.device)
 
         target_tokens = prod(shapes[0])
-        for block in self.transformer_blocks:
-            txt, img = block(img, txt, temb, encoder_hidden_states_mask, rotary, target_tokens)
+        for block, vectors in zip(self.transformer_blocks, of_blocks, strict=True):
+            txt, img = block(img, txt, temb, encoder_hidden_states_mask, rotary, target_tokens, modulations=vectors)
+        return self.proj_out(self.norm_out(img, temb, of_exit))
 
-        temb = temb.chunk(2)[0] if self.zero_cond_t else temb
-        return self.proj_out(self.norm_out(img, temb))
+    def embed_timestep(self, timestep: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
+        """temb: sigma (B,), any tensor of the dtype to compute in -> (B, C); zero_cond_t: (2B, C), noise 0 behind."""
+        if timestep is None:
+            raise ValueError("timestep is missing: pass the noise level of each sample, (B,), in [0, 1]")
+        if self.zero_cond_t:
+            timestep = torch.cat([timestep, timestep * 0])
+        # diffusers rounds sigma to the model's dtype first; kept in float32 a bf16 model is nearer the truth
+        return self.time_text_embed(timestep, hidden_states)
+
+    def modulations(self, timestep: torch.Tensor, hidden_states: torch.Tensor) -> Modulations:
+        """What the noise level says to every block and to the exit, for `forward`; arguments as in embed_timestep."""
+        temb = self.embed_timestep(timestep, hidden_states)
+        of_blocks = [block.modulations(temb) for block in self.transformer_blocks]
+        return of_blocks, self.norm_out.modulations(temb[: len(timestep)])
 
 
-def _check_config(stale: dict, axes_dims_rope: tuple[int, int, int], attention_head_dim: int) -> None:
-    for key, variant in MUST_BE_FALSE.items():
-        if stale.pop(key, False):
-            raise ValueError(f"config key {key}=true belongs to {variant}, which minqwen does not compute")
-    unknown = [key for key in stale if not key.startswith("_") and key not in STALE_KEYS]
+def _check_config(other_keys: dict, axes_dims_rope: tuple[int, int, int], attention_head_dim: int) -> None:
+    for key, model in OTHER_MODELS.items():
+        if other_keys.get(key):
+            raise ValueError(f"config key {key}=true belongs to {model}, which minqwen does not compute")
+    known = (*OTHER_MODELS, *UNREAD_KEYS)
+    unknown = [key for key in other_keys if not key.startswith("_") and key not in known]
     if unknown:
         raise ValueError(f"unknown transformer config keys {unknown}: a variant that minqwen does not know")
     if sum(axes_dims_rope) != attention_head_dim:

@@ -11,7 +11,7 @@ from numpy.random import default_rng
 
 from checks import Wrong, ask, exercise, expect, expect_finding
 from course import TINY
-from minqwen.block import QwenImageTransformerBlock, _modulate, clip_fp16
+from minqwen.block import QwenImageTransformerBlock, clip_fp16, modulate, split
 from minqwen.checkpoint import Checkpoint
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.transformer import QwenImageTransformer2DModel
@@ -190,14 +190,15 @@ def _compare(answer, given, where: str, tolerance: float) -> float:
 
 
 class _Block(QwenImageTransformerBlock):  # spoiler: the fault of exercise 04.4
-    def forward(self, hidden_states, encoder_hidden_states, temb, mask=None, rotary=None, target_tokens=None):
-        img, txt = hidden_states, encoder_hidden_states
-        i, t = self.modulations(temb, img.shape[1], target_tokens)
-        read = _modulate(self.img_norm1(img), i[0], i[1]), _modulate(self.txt_norm1(txt), t[0], t[1])
+    def forward(self, img, txt, temb, mask=None, rotary=None, target_tokens=None, modulations=None):
+        img_vectors, txt_vectors = self.modulations(temb)
+        img_mod1, img_mod2 = split(self.spread(img_vectors, img.shape[1], target_tokens))
+        txt_mod1, txt_mod2 = split(txt_vectors[:, None])
+        read = modulate(self.img_norm1(img), img_mod1), modulate(self.txt_norm1(txt), txt_mod1)
         img_attn, txt_attn = self.attn(*read, mask, rotary)
-        img, txt = img + i[2] * img_attn, txt + t[2] * txt_attn
-        img = img + i[5] * self.img_mlp(_modulate(self.img_norm2(img), i[3], i[4]))
-        txt = txt + t[5] * self.txt_mlp(_modulate(self.txt_norm2(txt), t[0], t[1]))
+        img, txt = img + img_mod1.gate * img_attn, txt + txt_mod1.gate * txt_attn
+        img = img + img_mod2.gate * self.img_mlp(modulate(self.img_norm2(img), img_mod2))
+        txt = txt + txt_mod2.gate * self.txt_mlp(modulate(self.txt_norm2(txt), txt_mod1))
         return clip_fp16(txt), clip_fp16(img)
 
 
@@ -316,9 +317,9 @@ def edits_right(change, edits: int = 6) -> int:
     pipe, rng = QwenImagePipeline.from_pretrained(TINY, device="cpu"), default_rng(3)
     given = QwenImageTransformerBlock.modulations
 
-    def modulations(self, *args):
-        img, txt = given(self, *args)
-        return change(img), txt
+    def modulations(self, temb):
+        img, txt = given(self, temb)
+        return torch.cat(change(img.chunk(6, dim=-1)), dim=-1), txt
 
     right = 0
     with patch.object(QwenImageTransformerBlock, "modulations", modulations):

@@ -25,9 +25,10 @@ def without_axis(x, f, shift, scale, gate):
 
 
 def library_step(x, f, shift, scale, gate):
-    from minqwen.block import _modulate
+    from minqwen.block import Modulation, modulate
 
-    return x + gate[:, None] * f(_modulate(normed(x), shift[:, None], scale[:, None]))
+    mod = Modulation(shift[:, None], scale[:, None], gate[:, None])
+    return x + mod.gate * f(modulate(normed(x), mod))
 
 
 def rms(x):
@@ -60,9 +61,9 @@ def block(order=(0, 1, 2, 3, 4, 5), bend=tanh, reread=True, act=F.silu, crossed=
 
 
 def library_block(img, txt, temb, w, attention):
-    from minqwen.block import _modulate
+    from minqwen.block import clip_fp16
 
-    _modulate(img, img, img)
+    clip_fp16(img)
     return block()(img, txt, temb, w, attention)
 
 
