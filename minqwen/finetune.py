@@ -315,7 +315,7 @@ def save_result(pipe: QwenImagePipeline, folder: Path, rank: int | None) -> None
 def config_of(model: nn.Module) -> dict:
     """transformer/config.json, read off the modules."""
     block = model.transformer_blocks[0]
-    config = {"_class_name": type(model).__name__, "patch_size": 2, "in_channels": model.in_channels,
+    config = {"_class_name": type(model).__name__, "patch_size": 2, "in_channels": model.config["in_channels"],
               "out_channels": model.proj_out.out_features // 4, "num_layers": len(model.transformer_blocks),
               "attention_head_dim": block.attn.norm_q.weight.numel(), "num_attention_heads": block.attn.heads,
               "joint_attention_dim": model.txt_in.in_features, "axes_dims_rope": list(model.pos_embed.axes_dim),
