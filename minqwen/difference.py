@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-Activations = dict[
-    str, torch.Tensor
-]  # "attn.to_q > 0": the first tensor that attn.to_q returns; "attn.to_q < 0": takes
+Activations = dict[str, torch.Tensor]  # "to_q > 0": the first tensor that to_q returns; "to_q < 0": that it takes
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,8 @@ def record(module: nn.Module, *args, **kwargs) -> Activations:
             runs[name] = runs.get(name, 0) + 1
             key = name if runs[name] == 1 else f"{name}#{runs[name]}"
             for mark, tensors in (("<", _tensors([args, kwargs])), (">", _tensors(result))):
-                kept.update({f"{key} {mark} {i}": t.detach().clone().contiguous() for i, t in enumerate(tensors)})
+                for i, tensor in enumerate(tensors):
+                    kept[f"{key} {mark} {i}"] = tensor.detach().clone().contiguous()
 
         return hook
 
@@ -75,22 +74,33 @@ def first_difference(
     one of them has is passed over. tolerance: the largest absolute difference that still counts as equal.
     Raises ValueError if they have no name in common.
     """
-    mine, reference = (x if isinstance(x, dict) else record(x, *args, **kwargs) for x in (mine, reference))
+    mine = mine if isinstance(mine, dict) else record(mine, *args, **kwargs)
+    reference = reference if isinstance(reference, dict) else record(reference, *args, **kwargs)
     results = [key for key in mine if " > " in key and key in reference]
     if not results:
         raise ValueError("mine and the reference have no sub-module's name in common, so nothing can be compared")
     last_equal = None
     for key in results:
-        name, a, b = key.split(" > ")[0], mine[key], reference[key]
-        if (absolute := _apart(a, b)) > tolerance:
-            taken = [[t for k, t in kept.items() if k.startswith(f"{name} < ")] for kept in (mine, reference)]
-            agree = all(any(_apart(x, y) <= tolerance for y in taken[1]) for x in taken[0])
-            largest = b.double().abs().max().item() if b.numel() else 0.0
+        name = key.split(" > ")[0]
+        absolute = _apart(mine[key], reference[key])
+        if absolute > tolerance:
+            largest = reference[key].double().abs().max().item() if reference[key].numel() else 0.0
             relative = absolute / largest if largest else float("inf")
-            shown = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (a, b))
-            return Difference(name, absolute, relative, agree, last_equal, *shown)
+            agree = _inputs_agree(name, mine, reference, tolerance)
+            return Difference(name, absolute, relative, agree, last_equal, _form(mine[key]), _form(reference[key]))
         last_equal = name
     return None
+
+
+def _inputs_agree(name: str, mine: Activations, reference: Activations, tolerance: float) -> bool:
+    """Whether each tensor that mine takes is among those that the reference takes, in whatever order."""
+    theirs = [tensor for key, tensor in reference.items() if key.startswith(f"{name} < ")]
+    ours = [tensor for key, tensor in mine.items() if key.startswith(f"{name} < ")]
+    return all(any(_apart(a, b) <= tolerance for b in theirs) for a in ours)
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -106,5 +116,8 @@ def _tensors(value) -> list[torch.Tensor]:
     """The tensors in nested tuples, lists and dictionaries, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for item in values for tensor in _tensors(item)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list | tuple):
+        return []
+    return [tensor for item in value for tensor in _tensors(item)]

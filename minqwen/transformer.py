@@ -71,10 +71,14 @@ class QwenImageTransformer2DModel(nn.Module):
         zero_cond_t: bool = False,  # Edit-2511: reference pictures are modulated as if at noise 0
         **other_keys,
     ):
-        own_keys = {key: value for key, value in locals().items() if key not in ("self", "__class__", "other_keys")}
         super().__init__()
         _check_config(other_keys, axes_dims_rope, attention_head_dim)
-        self.config = own_keys | {key: value for key, value in other_keys.items() if not key.startswith("_")}
+        self.config = {key: value for key, value in other_keys.items() if not key.startswith("_")} | {
+            "patch_size": patch_size, "in_channels": in_channels, "out_channels": out_channels,
+            "num_layers": num_layers, "attention_head_dim": attention_head_dim,
+            "num_attention_heads": num_attention_heads, "joint_attention_dim": joint_attention_dim,
+            "axes_dims_rope": axes_dims_rope, "zero_cond_t": zero_cond_t,
+        }  # fmt: skip
         self.zero_cond_t = zero_cond_t
         dim = num_attention_heads * attention_head_dim
         self.pos_embed = QwenEmbedRope(10000, tuple(axes_dims_rope), scale_rope=True)
@@ -104,18 +108,14 @@ class QwenImageTransformer2DModel(nn.Module):
         encoder_hidden_states: prompt embeddings (B, Nt, 3584); encoder_hidden_states_mask (B, Nt) or None;
         timestep (B,): sigma in [0, 1]; img_shapes: for each sample the (frames, h, w) in tokens of target and
         references, the same for all samples of a batch; modulations: what the noise level says, ready-made as
-        `modulations` gives it, and then timestep is not read and no layer that makes it is run  ->  (B, Ni, 64).
-        Raises ValueError on a mismatch.
+        `modulations` gives it (for one level, if all samples have it), and then timestep is not read and no layer
+        that makes it is run  ->  (B, Ni, 64). Raises ValueError on a mismatch.
         """
         shapes = _common_shapes(hidden_states, img_shapes)
         img = self.img_in(hidden_states)
         txt = self.txt_in(self.txt_norm(encoder_hidden_states))
-        if modulations is None:  # then each block makes its own
-            temb = self.embed_timestep(timestep, img)
-            of_blocks, of_exit = [None] * len(self.transformer_blocks), None
-        else:
-            temb = None
-            of_blocks, of_exit = modulations
+        temb = self.embed_timestep(timestep, img) if modulations is None else None
+        of_blocks, of_exit = modulations or ([None] * len(self.transformer_blocks), None)  # None: made of temb there
         rotary = self.pos_embed(shapes, txt.shape[1], img.device)
 
         target_tokens = prod(shapes[0])

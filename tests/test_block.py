@@ -32,6 +32,18 @@ def test_equals_the_reference(rng, zero_cond_t):
     assert max(map(difference, got, want)) <= TOLERANCE
 
 
+def test_ready_made_modulations_give_the_same_numbers_and_their_layers_may_be_gone(rng):
+    for zero_cond_t in (False, True):
+        block = randomise_(QwenImageTransformerBlock(12, 2, 6, zero_cond_t=zero_cond_t))
+        img, txt, temb = torch.randn(2, 7, 12), torch.randn(2, 3, 12), torch.randn(4 if zero_cond_t else 2, 12)
+        want = block(img, txt, temb, target_tokens=4)
+        modulations = block.modulations(temb)
+        assert [tuple(m.shape) for m in modulations] == [(len(temb), 72), (2, 72)]
+        del block.img_mod, block.txt_mod
+        got = block(img, txt, None, target_tokens=4, modulations=modulations)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_float16_stays_finite_where_it_would_overflow():
     huge = torch.tensor([70000.0, -70000.0]).half()
     assert huge.isinf().all() and clip_fp16(huge).tolist() == [65504, -65504]

@@ -1,5 +1,6 @@
 """At the released size every module has the released tensors: names, shapes, counts. Nothing is allocated."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -43,9 +44,11 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def shapes_of(module_class, config):
+@functools.cache
+def released(component):
+    """The module of the released config, without memory."""
     with torch.device("meta"):
-        return {name: list(tensor.shape) for name, tensor in module_class(**config).state_dict().items()}
+        return MODULES[component](**CONFIGS[component])
 
 
 @pytest.mark.parametrize("component", MODULES)
@@ -59,7 +62,9 @@ def test_the_committed_list_has_the_released_counts(component):
 def test_names_and_shapes(component, config):
     expected = dict(RELEASED[component])
     expected.pop("lm_head.weight", None)  # predicts words; nothing here reads it
-    assert shapes_of(MODULES[component], CONFIGS[component] if config != "defaults" else {}) == expected
+    with torch.device("meta"):
+        module = MODULES[component]() if config == "defaults" else released(component)
+    assert {name: list(tensor.shape) for name, tensor in module.state_dict().items()} == expected
 
 
 @pytest.mark.parametrize("component", MODULES)
@@ -67,10 +72,10 @@ def test_released_weights_are_accepted_strictly(component):
     """Tensors of the released names and shapes load; one missing, one unexpected, one misshapen do not."""
 
     def load(changes):
+        shapes = RELEASED[component] | changes
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items() if shape}
         with torch.device("meta"):
-            module = MODULES[component](**CONFIGS[component])
-            tensors = {name: torch.empty(shape) for name, shape in (RELEASED[component] | changes).items() if shape}
-            module.load_state_dict(tensors, strict=True, assign=True)
+            released(component).load_state_dict(tensors, strict=True, assign=True)
 
     load({})
     name = next(n for n in RELEASED[component] if n != "lm_head.weight")

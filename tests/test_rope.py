@@ -52,7 +52,7 @@ def test_the_cache_gives_the_same_table_and_stays_small():
     rope = QwenEmbedRope(axes_dim=(2, 2, 2))
     first = rope([(1, 3, 5)], 4)[0][0]
     assert torch.equal(rope([(1, 3, 5)], 4)[0][0], first) and len(rope.rope_cache) == 1
-    for n in range(1, 200):
+    for n in range(1, 70):
         rope([(1, 1, n)], 1)
     assert len(rope.rope_cache) <= 64
     assert torch.equal(rope([(1, 3, 5)], 4)[0][0], first)

@@ -57,7 +57,8 @@ def test_module_equals_the_reference(rng):
     assert difference(ours(t, like), reference(t, like)) <= TOLERANCE
 
 
-def test_bf16_is_no_further_from_the_truth_than_the_reference(rng):
+def test_bf16_is_no_further_from_the_truth_than_the_reference():
+    torch.manual_seed(0)
     reference = randomise_(Reference(64))
     ours = copy_weights(reference, QwenTimestepProjEmbeddings(64))
     t = torch.rand(64)
