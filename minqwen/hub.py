@@ -1,0 +1,154 @@
+"""A repository on the hub: its files downloaded, or single tensors read out of them by byte ranges.
+
+    "owner/name"  ->  files in huggingface_hub's cache; name -> Tensor, without a download
+
+A safetensors file starts with a table of where each tensor lies. Whoever has read the table asks for the bytes of one
+block alone, 0.7 GB out of 41 GB. Knows nothing of a model's folders: checkpoint.py does.
+The surprise: a server may answer with other bytes than were asked for, or with all 41 GB. The answer's header says
+which bytes they are, and is looked at before the first of them is read. Tests: tests/test_hub.py. Chapter 05.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError as NetworkError  # of httpx or httpx2, as huggingface_hub's version has it
+from huggingface_hub.utils import build_hf_headers, get_session
+from tqdm import tqdm
+
+WAITS = (1, 2, 4)  # seconds before each new attempt to read a range
+TRY_AGAIN = (None, 429, 500, 502, 503, 504)  # None: no answer
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Repository:
+    """A repository "owner/name" of the hub; its files go by their paths in it. fetched: bytes read by ranges so far."""
+
+    def __init__(self, name: str, revision: str | None = None):
+        self.name, self.revision = name, revision
+        self.fetched = 0
+        self.tables = {}
+
+    def cached(self, file: str) -> bool:
+        """Whether a file is on this disk already."""
+        return isinstance(try_to_load_from_cache(self.name, file, revision=self.revision), str)
+
+    def download(self, file: str) -> Path | None:
+        """A file on this disk, where an interrupted download goes on; None if the repository has no such file.
+
+        Raises ConnectionError if the hub cannot be reached, FileNotFoundError if it does not give the repository.
+        """
+        cached = try_to_load_from_cache(self.name, file, revision=self.revision)
+        if cached is _CACHED_NO_EXIST:
+            return None
+        if cached is not None and file.endswith(".safetensors"):  # asking the hub again for each shard takes long
+            return Path(cached)
+        try:
+            return Path(hf_hub_download(self.name, file, revision=self.revision))
+        except LocalEntryNotFoundError as error:
+            raise ConnectionError(f"cannot reach the hub for {file} of {self.name}: {error}") from None
+        except EntryNotFoundError:
+            return None
+        except HfHubHTTPError as error:
+            raise FileNotFoundError(f"cannot read {self.name} on the hub: {error}") from None
+        except (NetworkError, RuntimeError) as error:  # hf_xet, which downloads for huggingface_hub, has no own errors
+            raise ConnectionError(f"the download of {file} of {self.name} broke off: {error}; run it again") from None
+
+    def first(self, files: list[str]) -> list[str]:
+        """The first of these files that exists; what is on this disk goes before what must be asked for."""
+        for there in (self.cached, self._exists):
+            for file in files:
+                if there(file):
+                    return [file]
+        return []
+
+    def _exists(self, file: str) -> bool:
+        if not file.endswith(".safetensors"):
+            return self.download(file) is not None
+        try:  # of weights no more than the table is read for that
+            return bool(self.table(file))
+        except FileNotFoundError:
+            return False
+
+    def table(self, file: str) -> dict[str, dict]:
+        """What a safetensors file holds: name -> dtype, shape and data_offsets, here counted from the file's start."""
+        if file not in self.tables:
+            length = int.from_bytes(self.fetch(file, 0, 8), "little")
+            try:
+                if not 2 <= length <= 100_000_000:  # the format's own limit
+                    raise ValueError
+                table = json.loads(self.fetch(file, 8, 8 + length))
+                table.pop("__metadata__", None)
+                for entry in table.values():
+                    entry["data_offsets"] = [8 + length + place for place in entry["data_offsets"]]
+                    entry["dtype"], entry["shape"]
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise ValueError(f"{self.name}/{file} is not a safetensors file: its header is damaged") from None
+            self.tables[file] = table
+        return self.tables[file]
+
+    def announce(self, what: str, places: dict[str, str]) -> None:
+        """Before tensors (name -> its file) come: how much it will be. Says nothing if all are on this disk."""
+        absent = {file for file in places.values() if not self.cached(file)}
+        sizes = []
+        for name, file in places.items():
+            if file in absent:
+                if name not in self.table(file):
+                    raise ValueError(f"{self.name}/{file} does not match its index: it has no {name}")
+                start, stop = self.table(file)[name]["data_offsets"]
+                sizes.append(stop - start)
+        if sizes:
+            size = f"{sum(sizes) / 1e9:.2f} GB" if sum(sizes) >= 1e8 else f"{sum(sizes) / 1e6:.2f} MB"
+            print(f"{what}: {len(sizes)} tensors, {size} from {self.name}", flush=True)
+
+    def tensors(self, file: str, names: list[str]) -> dict[str, torch.Tensor]:
+        """Tensors of a file by byte ranges, as stored."""
+        tensors = {}
+        for name in tqdm(names, desc=file, unit=" tensors", leave=False):
+            entry = self.table(file)[name]
+            tensors[name] = _tensor(name, self.fetch(file, *entry["data_offsets"]), entry)
+        return tensors
+
+    # Not HfFileSystem (tried with huggingface-hub 2.4): it takes bytes of another range for those it asked for, reads
+    # the whole file where ranges are ignored, and asks three questions more.
+    def fetch(self, file: str, start: int, stop: int) -> bytes:
+        """Bytes start to stop of a file. Raises FileNotFoundError, or ConnectionError after some attempts."""
+        url = hf_hub_url(self.name, file, revision=self.revision)
+        for wait in (*WAITS, None):
+            try:
+                status, told, data = _ask(url, start, stop)
+            except NetworkError as error:
+                status, told, data = None, f"{type(error).__name__}: {error}", b""
+            if wait is None or status not in TRY_AGAIN:
+                break
+            time.sleep(wait)
+        if status in (401, 403, 404):
+            raise FileNotFoundError(f"{self.name} on the hub has no readable {file} (HTTP {status})")
+        if len(data) != stop - start:
+            hint = "" if status in TRY_AGAIN else "; the server does not serve byte ranges, or the file is cut off"
+            raise ConnectionError(f"cannot read {url}, bytes {start} to {stop}: {told}, {len(data)} bytes read{hint}")
+        self.fetched += len(data)
+        return data
+
+
+def _ask(url: str, start: int, stop: int) -> tuple[int, str, bytes]:
+    """One request for a range: the status, what the answer says of itself, and its bytes if they are the range's."""
+    headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
+        got = answer.headers.get("Content-Range", "no range")
+        fits = answer.status_code == 206 and got.startswith(f"bytes {start}-{stop - 1}/")
+        data = answer.read() if fits else b""  # what does not fit may be 41 GB
+    return answer.status_code, f"HTTP {answer.status_code}, {got}", data
+
+
+def _tensor(name: str, data: bytes, entry: dict) -> torch.Tensor:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{name} is stored as {entry['dtype']}; minqwen reads {', '.join(DTYPES)}")
+    dtype = DTYPES[entry["dtype"]]
+    if len(data) != math.prod(entry["shape"]) * dtype.itemsize:
+        raise ValueError(f"{name}: {len(data)} bytes do not make a {entry['dtype']} tensor of shape {entry['shape']}")
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(entry["shape"])
