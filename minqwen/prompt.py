@@ -122,11 +122,8 @@ def _truncate(rows: list[list[int]], drop: int, most: int) -> list[list[int]]:
     for n, ids in enumerate(rows):
         tokens = len(ids) - drop
         if tokens > most:
-            warnings.warn(
-                f"prompt {n} has {tokens} tokens, five closing ones included; only the first {most} are kept and "
-                f"{tokens - most} are lost",
-                stacklevel=3,
-            )
+            lost = f"only the first {most} are kept and {tokens - most} are lost"
+            warnings.warn(f"prompt {n} has {tokens} tokens, five closing ones included; {lost}", stacklevel=3)
     return [ids[: drop + most] for ids in rows]
 
 
@@ -138,8 +135,6 @@ def drop_prefix(hidden: Tensor, attention_mask: Tensor, drop: int) -> Prompt:
     """
     mask = attention_mask.bool()
     assert bool(mask[:, : drop + 1].all()), "expected right padding, and tokens behind the prefix"
-    if bool(mask.all()):
-        return hidden[:, drop:], None
     mask = mask[:, drop : int(mask.sum(1).max())]
     hidden = hidden[:, drop : drop + mask.shape[1]].masked_fill(~mask[..., None], 0)
     return hidden, None if bool(mask.all()) else mask

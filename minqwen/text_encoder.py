@@ -73,10 +73,7 @@ class Qwen2_5_VLTextModel(nn.Module):
         super().__init__()
         heads, kv_heads, section = num_attention_heads, num_key_value_heads, tuple(mrope_section)
         if heads % kv_heads or len(section) != 3 or 2 * sum(section) * heads != hidden_size:
-            raise ValueError(
-                f"sizes do not fit: hidden_size {hidden_size}, {heads} heads, {kv_heads} of keys and values, "
-                f"and mrope_section {section}, whose three numbers must sum to half of a head's width"
-            )
+            raise ValueError(f"sizes do not fit: {hidden_size=}, {heads=}, {kv_heads=}, mrope_section {section}")
         self.head_dim, self.rope_theta, self.mrope_section = hidden_size // heads, rope_theta, section
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
         sizes = hidden_size, heads, kv_heads, intermediate_size, rms_norm_eps
@@ -108,11 +105,7 @@ def causal_mask(attention_mask: Tensor | None) -> Tensor | None:
 
 
 def mrope_positions(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    image_grid_thw: Tensor | None,
-    image_token_id: int,
-    merge: int = 2,
+    input_ids: Tensor, attention_mask: Tensor | None, image_grid_thw: Tensor | None, image_token_id: int, merge: int = 2
 ) -> Tensor:
     """Time, row and column of every token: (3, B, L), integers; what stands in the padding means nothing.
 
@@ -162,10 +155,7 @@ def read_config(config: dict) -> tuple[dict, dict, int]:
     for key, computed in COMPUTED.items():
         value = keys.get(key, computed[0])
         if value not in computed:
-            raise ValueError(
-                f"text_encoder/config.json has {key} = {value!r}, but only {computed[0]!r} is computed here: "
-                "the Qwen2.5-VL of Qwen-Image, Qwen-Image-2512, Qwen-Image-Edit, -2509 and -2511"
-            )
+            raise ValueError(f"text_encoder/config.json: {key} = {value!r}, only {computed[0]!r} is computed here")
     known = inspect.signature(Qwen2_5_VLTextModel).parameters
     text = {key: value for key, value in (keys | rope).items() if key in known and value is not None}
     return text, keys.get("vision_config", {}), keys.get("image_token_id", 151655)
@@ -192,11 +182,8 @@ class Qwen2_5_VLTextEncoder(nn.Module):
         self.visual = Qwen2_5_VLVisionTower(**vision)
         self.vocab_size, self.hidden_size = self.model.embed_tokens.weight.shape
         self.spatial_merge_size = self.visual.spatial_merge_size
-        if self.visual.merger.mlp[2].out_features != self.hidden_size:
-            raise ValueError(
-                f"vision_config's out_hidden_size is {self.visual.merger.mlp[2].out_features}, but the "
-                f"language model's hidden_size is {self.hidden_size}"
-            )
+        if (width := self.visual.merger.mlp[2].out_features) != self.hidden_size:
+            raise ValueError(f"vision_config's out_hidden_size is {width}, hidden_size is {self.hidden_size}")
         self.register_load_state_dict_pre_hook(_use_released_names)
 
     def forward(
@@ -215,16 +202,13 @@ class Qwen2_5_VLTextEncoder(nn.Module):
         """
         if (pixel_values is None) != (image_grid_thw is None):
             raise ValueError("pixel_values and image_grid_thw come together: one of them is missing")
-        here, merge = input_ids == self.image_token_id, self.spatial_merge_size
-        tokens = 0 if image_grid_thw is None else int(image_grid_thw.prod(-1).sum()) // merge**2
-        if int(here.sum()) != tokens:
-            raise ValueError(
-                f"input_ids hold {int(here.sum())} image tokens (id {self.image_token_id}), "
-                f"but the images given make {tokens}"
-            )
+        image, merge = input_ids == self.image_token_id, self.spatial_merge_size
+        count, made = int(image.sum()), 0 if image_grid_thw is None else int(image_grid_thw.prod(-1).sum()) // merge**2
+        if count != made:
+            raise ValueError(f"input_ids hold {count} image tokens, id {self.image_token_id}; the images make {made}")
         x = self.model.embed_tokens(input_ids)
         if pixel_values is not None:
-            x = x.masked_scatter(here[..., None], self.visual(pixel_values, image_grid_thw).to(x.dtype))
+            x = x.masked_scatter(image[..., None], self.visual(pixel_values, image_grid_thw).to(x.dtype))
         positions = mrope_positions(input_ids, attention_mask, image_grid_thw, self.image_token_id, merge)
         return self.model(x, positions, attention_mask)
 

@@ -43,8 +43,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer.no_padding()
     else:
         raise FileNotFoundError(
-            f"no tokenizer in {folder}: expected vocab.json, merges.txt and the added tokens listed in "
-            "tokenizer_config.json (added_tokens_decoder) or added_tokens.json; or else tokenizer.json"
+            f"no tokenizer in {folder}: expected vocab.json and merges.txt, with the added tokens listed in "
+            "tokenizer_config.json or added_tokens.json; or else tokenizer.json"
         )
     if missing := [token for token in NEEDED if tokenizer.token_to_id(token) is None]:
         raise ValueError(f"the tokenizer in {folder} does not list {missing}")
@@ -61,10 +61,8 @@ def _byte_level_bpe(vocab: Path, merges: Path, added: dict[int, AddedToken]) -> 
     for id, token in sorted(added.items()):
         tokenizer.add_tokens([token])  # it gets the next free id
         if (got := tokenizer.token_to_id(token.content)) != id:
-            raise ValueError(
-                f"{vocab.parent} lists {token.content!r} as token {id}, but after the entries of vocab.json it is "
-                f"number {got}: the files do not belong together"
-            )
+            files = f"{vocab} and the list of added tokens do not belong together"
+            raise ValueError(f"{files}: {token.content!r} would be {got}, not {id}")
     return tokenizer
 
 

@@ -24,6 +24,7 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
 
+COMPUTED = {"resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
 Runs = list[tuple[int, int]]  # consecutive groups of equal length: (how many, tokens in each)
 
 
@@ -88,18 +89,14 @@ def load_image_settings(folder: str | Path) -> dict:
     for name in ("processor_config.json", "preprocessor_config.json"):  # of two the second counts
         if (folder / name).is_file():
             config = json.loads((folder / name).read_text(encoding="utf-8"))
-    config = config.get("image_processor", config)
-    for key, value in {"resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True}.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{folder}: {key} = {config[key]!r}; only {value!r} is computed here")
-    factor = config.get("rescale_factor", 1 / 255)
-    if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
-        raise ValueError(f"{folder}: rescale_factor = {factor!r}; only 1/255 is computed here")
-    size = config.get("size") or {}
-    found = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
-    found |= {key: value for key, value in config.items() if value is not None}
+    config = {key: value for key, value in config.get("image_processor", config).items() if value is not None}
+    for key, computed in COMPUTED.items():
+        if not math.isclose(config.get(key, computed), computed, rel_tol=1e-6):
+            raise ValueError(f"{folder}: {key} = {config[key]!r}, only {computed!r} is computed here")
+    size = config.get("size", {})
+    found = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")} | config
     known = inspect.signature(image_patches).parameters
-    return {key: value for key, value in found.items() if key in known and value is not None}
+    return {key: found[key] for key in known if found.get(key) is not None}
 
 
 class RMSNorm(nn.Module):
@@ -248,14 +245,9 @@ class Qwen2_5_VLVisionTower(nn.Module):
         super().__init__()
         rope = rope_parameters or {}
         if hidden_act != "silu" or rope.get("rope_type", "axial") != "axial":
-            raise ValueError(
-                f"vision_config asks for hidden_act={hidden_act!r} and rope {rope}; "
-                "only 'silu' and 'axial' are computed here"
-            )
+            raise ValueError(f"vision_config: only 'silu' and 'axial' are computed, not {hidden_act!r} and {rope}")
         if hidden_size % (4 * num_heads):
-            raise ValueError(
-                f"vision_config's hidden_size {hidden_size} must be a multiple of 4 × num_heads ({num_heads})"
-            )
+            raise ValueError(f"vision_config: hidden_size {hidden_size} is no multiple of 4 × {num_heads} heads")
         self.spatial_merge_size = spatial_merge_size
         self.window = window_size // patch_size // spatial_merge_size
         self.fullatt_block_indexes = tuple(fullatt_block_indexes)
@@ -289,10 +281,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
             raise ValueError(f"grids {grids} must be (1, gh, gw), gh and gw multiples of {merge}; no video")
         width, rows = self.patch_embed.proj.weight[0].numel(), sum(h * w for _, h, w in grids)
         if pixel_values.shape != (rows, width):
-            raise ValueError(
-                f"pixel_values are {tuple(pixel_values.shape)}, but grids {grids} and this tower's patches "
-                f"call for ({rows}, {width})"
-            )
+            raise ValueError(f"pixel_values are {tuple(pixel_values.shape)}, grids {grids} call for ({rows}, {width})")
         return [(h, w) for _, h, w in grids]
 
     def _layout(self, grids: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor, Runs, Runs]:

@@ -221,7 +221,7 @@ def test_odd_sizes_are_refused(h, w):
         unpack_latents(torch.zeros(1, 9, 64), h, w)
 
 
-def test_world_that_do_not_fit_are_refused():
+def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"\(1, 16, 4, 4\)"):
         pack_latents(torch.zeros(1, 16, 4, 4))
     with pytest.raises(ValueError, match="pack into"):

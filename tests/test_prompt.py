@@ -1,144 +1,43 @@
-"""Tokenizer, templates, image patches against transformers; the whole encoding against diffusers' pipelines.
+"""Templates, tokens and padding; the whole encoding against diffusers' pipelines.
 
-The real vocabulary is not shipped. These tests train a small one of the same kind, in which every word of the
-templates is one token as it is in the real one; the published ids are checked when MINQWEN_MODEL names a
-folder.
+These tests use a small vocabulary of the same kind as the real one; the published ids are checked when MINQWEN_MODEL
+names a folder.
 """
 
-import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline, QwenImagePipeline
 from PIL import Image
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from small_tokenizer import write_tokenizer
+from tokenizers import Tokenizer
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
 
 from minqwen import prompt as P
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder
-
-SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
-<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|>
-<|video_pad|>""".split()
-CROSSING = ["1 2", "a 1", "a ,", "a Ġ", "a Ċ", "Ċ a"]  # merges for no right splitting; Ġ is space, Ċ newline
-PLAIN = ["<tool_call>", "</tool_call>", "<|fim_prefix|>"]  # added, but not special
+from minqwen.tokenizer import load_tokenizer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def released_form(tmp_path_factory) -> Path:
-    """vocab.json, merges.txt and tokenizer_config.json: what the released text-to-image repositories have."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(P.WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    words = ["".join(t.text for t in (P.T2I, P.EDIT)), "Picture a cat's café naïve 你好 世界 don't 한국어"]
-    alphabet, size = pre_tokenizers.ByteLevel.alphabet(), {"vocab_size": 2000, "min_frequency": 1}
-    trainer = trainers.BpeTrainer(**size, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(words, trainer)
-    bpe.model.save(str(folder))
-    vocab, merges = json.loads((folder / "vocab.json").read_text()), (folder / "merges.txt").read_text()
-    vocab |= {merge.replace(" ", ""): len(vocab) + n for n, merge in enumerate(CROSSING)}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text(merges + "\n".join(CROSSING) + "\n")
-    added = {
-        len(vocab) + n: {"content": token, "special": token in SPECIAL, "normalized": False,
-                                   "lstrip": False, "rstrip": False, "single_word": False}
-        for n, token in enumerate(SPECIAL + PLAIN)
-    }  # fmt: skip
-    config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added}
-    config |= {"pad_token": SPECIAL[0], "eos_token": "<|im_end|>", "additional_special_tokens": SPECIAL[1:]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reference(released_form) -> Qwen2Tokenizer:
     return Qwen2Tokenizer.from_pretrained(released_form)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tokenizer(released_form) -> Tokenizer:
-    return P.load_tokenizer(released_form)
+    return load_tokenizer(released_form)
 
 
 def noise(rng, width: int, height: int) -> Image.Image:
     return Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))
-
-
-# ---- tokenizer
-
-PIECES = [
-    *["é", "e\u0301", "o\u0302\u0323", "ﬁ", "한국어", "\u1112\u1161\u11ab", "你好，世界", "日本語"],
-    *["مرحبا", "Привет", "🙂", "👩\u200d🚀", "\u200b"],
-    *["\n", "\r\n", "\n\n ", " ", "   ", "\t", "\u00a0", "\u3000"],
-    *["12345", "٣٤", "½", "a1", "a,", "a\n", "\na", "don't", "I'LL", "'s", "cat", " dog", "!?", "<|", "|>"],
-    *[">\u0338", "<tool_call>\u0338", *SPECIAL, *PLAIN],
-]
-
-
-def random_text(rng) -> str:
-    """Pieces and any characters that there are (those from D800 to DFFF are none)."""
-    characters = [chr(rng.randrange(32, 0xD800)) for _ in range(9)] + [chr(rng.randrange(0xE000, 0x110000))]
-    return "".join(rng.choice(rng.choice([PIECES, characters])) for _ in range(rng.randint(0, 25)))
-
-
-def test_ids_equal_transformers(rng, tokenizer, reference, released_form, tmp_path):
-    """From vocab.json and merges.txt, and from the tokenizer.json that transformers makes of them."""
-    reference.save_pretrained(tmp_path)
-    assert (tmp_path / "tokenizer.json").is_file() and not (tmp_path / "vocab.json").is_file()
-    from_json = P.load_tokenizer(tmp_path)
-    texts = PIECES + [random_text(rng) for _ in range(300)]
-    expected = reference(texts).input_ids
-    for ours in (tokenizer, from_json):
-        got = [encoding.ids for encoding in ours.encode_batch(texts, add_special_tokens=False)]
-        wrong = [text for text, a, b in zip(texts, got, expected, strict=True) if a != b]
-        assert not wrong, wrong
-
-
-def test_text_comes_back(rng, tokenizer):
-    """No character is unknown to a tokenizer that ends in bytes."""
-    text = "red\u2028 Ω 你好 🙂\n\tnew"
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
-
-
-@pytest.mark.parametrize("form", ["added_tokens.json", "tokenizer.json", "both, settings left in"])
-def test_other_places_of_added_tokens(form, tokenizer, reference, released_form, tmp_path):
-    for name in ("vocab.json", "merges.txt"):
-        (tmp_path / name).write_bytes((released_form / name).read_bytes())
-    if form == "added_tokens.json":
-        listed = {token: tokenizer.token_to_id(token) for token in SPECIAL + PLAIN}
-        (tmp_path / form).write_text(json.dumps(listed))
-    else:
-        reference.save_pretrained(tmp_path)  # tokenizer.json, and a tokenizer_config.json without the list
-        if form != "tokenizer.json":
-            (tmp_path / "vocab.json").unlink()
-            saved = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-            saved.enable_truncation(3)
-            saved.enable_padding(length=9)
-            saved.save(str(tmp_path / "tokenizer.json"))
-    for text in ("a", P.EDIT.text.format("<tool_call> cafe\u0301")):
-        assert P.load_tokenizer(tmp_path).encode(text).ids == tokenizer.encode(text).ids
-
-
-def test_a_broken_tokenizer_folder_says_what_is_wrong(released_form, tmp_path):
-    with pytest.raises(FileNotFoundError, match="vocab.json and merges.txt, or tokenizer.json"):
-        P.load_tokenizer(tmp_path)
-    for name in ("vocab.json", "merges.txt"):
-        (tmp_path / name).write_bytes((released_form / name).read_bytes())
-    with pytest.raises(ValueError, match="does not list .*im_start"):
-        P.load_tokenizer(tmp_path)
-    (tmp_path / "added_tokens.json").write_text('{"<|endoftext|>": 151643}')
-    with pytest.raises(ValueError, match="do not belong together"):
-        P.load_tokenizer(tmp_path)
 
 
 # ---- templates
@@ -170,14 +69,14 @@ def test_prefixes_of_the_shipped_tokenizer():
     folder = Path(__file__).parents[1] / "data" / "tiny" / "tokenizer"
     if not folder.is_dir():
         pytest.skip(f"{folder} does not exist yet")
-    check_prefix_lengths(P.load_tokenizer(folder))
+    check_prefix_lengths(load_tokenizer(folder))
 
 
 def test_published_ids_of_the_real_vocabulary():
     folder = Path(os.environ.get("MINQWEN_MODEL", "")) / "tokenizer"
     if "MINQWEN_MODEL" not in os.environ or not folder.is_dir():
         pytest.skip("MINQWEN_MODEL names no local folder with a tokenizer/ in it")
-    tokenizer = P.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     if tokenizer.get_vocab_size() < 151_643:
         pytest.skip(f"{folder} is not of the released size: {tokenizer.get_vocab_size()} tokens")
     check_prefix_lengths(tokenizer)
@@ -201,74 +100,6 @@ def test_published_ids_of_the_real_vocabulary():
         "<tool_call>": [151657],
     }.items():  # fmt: skip
         assert tokenizer.encode(text).ids == ids, text
-
-
-# ---- images
-
-
-@pytest.mark.parametrize(
-    "size, expected",
-    [
-        ((1024, 1024), (1036, 1036)),
-        ((896, 1184), (896, 1176)),
-        ((384, 384), (392, 392)),
-        ((320, 448), (308, 448)),
-        ((288, 512), (280, 504)),
-        ((10, 20), (56, 84)),
-    ],
-)
-def test_smart_resize(size, expected):
-    assert P.smart_resize(*size) == expected
-
-
-def test_smart_resize_equals_transformers(rng):
-    for _ in range(500):
-        h, w = (int(10 ** rng.uniform(0, 4)) for _ in range(2))
-        limits = rng.choice([(3136, 12845056), (3136, 1003520), (50_000, 60_000)])
-        if max(h, w) > 200 * min(h, w):
-            with pytest.raises(ValueError, match="at most 200 times"):
-                P.smart_resize(h, w, 28, *limits)
-        else:
-            assert P.smart_resize(h, w, 28, *limits) == reference_smart_resize(h, w, 28, *limits)
-
-
-def test_patches_equal_transformers(rng):
-    limits = rng.choice([(3136, 12845056), (3136, 20_000), (50_000, 80_000)])
-    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": limits[0], "longest_edge": limits[1]})
-    for _ in range(4):
-        image = noise(rng, rng.randint(20, 300), rng.randint(20, 300))
-        expected = processor(image, return_tensors="pt")
-        patches, grid = P.image_patches(image, min_pixels=limits[0], max_pixels=limits[1])
-        assert [list(grid)] == expected.image_grid_thw.tolist()
-        assert patches.dtype == torch.float32 and patches.shape == (grid[1] * grid[2], 1176)
-        assert (patches - expected.pixel_values).abs().max() <= 1e-6
-
-
-def test_a_picture_of_1024_pixels_is_not_shrunk():
-    """transformers' class default would; the released processors' limit does not."""
-    assert P.image_patches(Image.new("RGB", (1024, 1024)))[1] == (1, 74, 74)
-
-
-def test_patches_want_rgb(rng):
-    with pytest.raises(TypeError, match="PIL image, got ndarray"):
-        P.image_patches(np.zeros((9, 9, 3)))
-    with pytest.raises(ValueError, match="RGBA.*load_image"):
-        P.image_patches(Image.new("RGBA", (99, 99)))
-
-
-def test_image_settings(tmp_path):
-    assert P.load_image_settings(tmp_path / "nowhere") == {}  # image_patches has the released values
-    inner = {"size": {"shortest_edge": 1, "longest_edge": 2}, "patch_size": 7, "image_mean": [0, 0, 0]}
-    expected = {"min_pixels": 1, "max_pixels": 2, "patch_size": 7, "image_mean": [0, 0, 0]}
-    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
-    assert P.load_image_settings(tmp_path) == expected
-    old = tmp_path / "preprocessor_config.json"  # read first; min_pixels and max_pixels go before size
-    old.write_text(json.dumps(inner | {"min_pixels": 3, "max_pixels": None}))
-    assert P.load_image_settings(tmp_path) == expected | {"min_pixels": 3}
-    for wrong in ({"resample": 2}, {"do_rescale": False}, {"do_normalize": False}, {"rescale_factor": 1.0}):
-        old.write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} = .* is computed here"):
-            P.load_image_settings(tmp_path)
 
 
 # ---- prompts
@@ -332,6 +163,19 @@ def test_drop_prefix():
         assert mask is None and torch.equal(embeds, hidden[:, 2 : sum(same[0])])
     with pytest.raises(AssertionError, match="right padding"):
         P.drop_prefix(hidden, torch.tensor([[0, 1, 1, 1, 1, 1]] * 2), drop=2)
+
+
+def test_prompts_are_padded_to_the_longest():
+    """Behind the shorter stand zeros that the mask hides; where nothing is hidden there is no mask."""
+    short, long = (torch.randn(1, n, 4, dtype=torch.bfloat16) for n in (2, 5))
+    two = torch.randn(2, 3, 4, dtype=torch.bfloat16), torch.tensor([[True, True, False], [True, True, True]])
+    embeds, mask = P.pad_prompts([(short, None), two, (long, None)])
+    assert embeds.shape == (4, 5, 4) and embeds.dtype == torch.bfloat16
+    assert torch.equal(embeds[:1, :2], short) and torch.equal(embeds[1:3, :3], two[0]) and torch.equal(embeds[3:], long)
+    assert not embeds[0, 2:].any() and not embeds[1:3, 3:].any()
+    assert mask.int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    embeds, mask = P.pad_prompts([(long, None), (long, torch.ones(1, 5, dtype=torch.bool))])
+    assert mask is None and torch.equal(embeds, torch.cat([long, long]))
 
 
 # ---- the whole way, against diffusers' pipelines

@@ -6,6 +6,7 @@ nothing.
 """
 
 import copy
+import random
 
 import pytest
 import torch
@@ -155,10 +156,12 @@ def test_batched_equals_single(rng):
 
 
 @torch.no_grad()
-def test_bfloat16_is_no_further_from_the_truth_than_the_reference(rng):
-    """Mean square over eight models, with 20 % of slack (10 % of the error): both are random roundings."""
+def test_bfloat16_is_no_further_from_the_truth_than_the_reference():
+    """Mean square over four models, always the same ones, with 20 % of slack: single roundings are luck."""
     error, reference_error = 0.0, 0.0
-    for _ in range(8):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        rng = random.Random(seed)
         reference, ours = reference_and_ours(small_config(rng))
         reference, ours = reference.bfloat16(), ours.bfloat16()
         batch = random_batch(rng, BATCH)
@@ -187,7 +190,9 @@ def test_positions_equal_transformers(rng, padding):
     batch = random_batch(rng, merged, padding)
     ids, mask, grids = batch["input_ids"], batch["attention_mask"], batch["image_grid_thw"]
     expected, _ = reference.model.get_rope_index(ids, (ids == IMAGE).int(), grids, attention_mask=mask)
-    assert torch.equal(mrope_positions(ids, mask, grids, IMAGE)[:, mask.bool()], expected[:, mask.bool()])
+    given = mask.clone()
+    assert torch.equal(mrope_positions(ids, given, grids, IMAGE)[:, mask.bool()], expected[:, mask.bool()])
+    assert torch.equal(given, mask)  # the caller's mask is left alone
 
 
 def test_names_and_shapes_at_the_released_size():
@@ -255,7 +260,7 @@ def test_flat_keys_win_and_the_released_values_are_the_defaults():
         ("model_type", "qwen3_vl", "model_type = 'qwen3_vl'"),
         ("hidden_act", "gelu", "hidden_act = 'gelu'"),
         ("use_sliding_window", True, "use_sliding_window"),
-        ("rope_scaling", {"type": "yarn", "factor": 4.0}, "rope type = 'yarn'"),
+        ("rope_scaling", {"type": "yarn", "factor": 4.0}, "rope_type = 'yarn'"),
         ("rope_scaling", {"type": "mrope", "mrope_section": [1, 1, 1]}, "mrope_section"),
         ("num_key_value_heads", 3, "sizes do not fit"),
         ("vision_config", {"out_hidden_size": 99}, "out_hidden_size is 99"),
@@ -269,10 +274,10 @@ def test_refuses_what_it_does_not_compute(key, value, message):
 def test_image_tokens_must_match_the_images(rng):
     _, ours = reference_and_ours(small_config(rng))
     batch = random_batch(rng, TWO_IMAGES)
-    with pytest.raises(ValueError, match="hold 19 image tokens .id 30., but the images given make 0"):
+    with pytest.raises(ValueError, match="hold 19 image tokens, id 30; the images make 0"):
         ours(batch["input_ids"], batch["attention_mask"])
     batch["input_ids"][batch["input_ids"] == IMAGE] = 1
-    with pytest.raises(ValueError, match="hold 0 image tokens .* make 19"):
+    with pytest.raises(ValueError, match="hold 0 image tokens.* make 19"):
         ours(**batch)
 
 

@@ -1,13 +1,97 @@
-"""The vision tower against transformers, on random sizes and random grids, in fp32."""
+"""Patches and vision tower against transformers, on random sizes and random grids, in fp32."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel as Reference,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
 
-from minqwen.vision import Qwen2_5_VLVisionTower, image_layout, run_lengths
+from minqwen.vision import (
+    Qwen2_5_VLVisionTower,
+    image_layout,
+    image_patches,
+    load_image_settings,
+    run_lengths,
+    smart_resize,
+)
+
+# ---- patches
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        ((1024, 1024), (1036, 1036)),
+        ((896, 1184), (896, 1176)),
+        ((384, 384), (392, 392)),
+        ((320, 448), (308, 448)),
+        ((288, 512), (280, 504)),
+        ((10, 20), (56, 84)),
+    ],
+)
+def test_smart_resize(size, expected):
+    assert smart_resize(*size) == expected
+
+
+def test_smart_resize_equals_transformers(rng):
+    for _ in range(500):
+        h, w = (int(10 ** rng.uniform(0, 4)) for _ in range(2))
+        limits = rng.choice([(3136, 12845056), (3136, 1003520), (50_000, 60_000)])
+        if max(h, w) > 200 * min(h, w):
+            with pytest.raises(ValueError, match="at most 200 times"):
+                smart_resize(h, w, 28, *limits)
+        else:
+            assert smart_resize(h, w, 28, *limits) == reference_smart_resize(h, w, 28, *limits)
+
+
+def test_patches_equal_transformers(rng):
+    limits = rng.choice([(3136, 12845056), (3136, 20_000), (50_000, 80_000)])
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": limits[0], "longest_edge": limits[1]})
+    for _ in range(4):
+        width, height = rng.randint(20, 300), rng.randint(20, 300)
+        image = Image.frombytes("RGB", (width, height), rng.randbytes(3 * width * height))
+        expected = processor(image, return_tensors="pt")
+        patches, grid = image_patches(image, min_pixels=limits[0], max_pixels=limits[1])
+        assert [list(grid)] == expected.image_grid_thw.tolist()
+        assert patches.dtype == torch.float32 and patches.shape == (grid[1] * grid[2], 1176)
+        assert (patches - expected.pixel_values).abs().max() <= 1e-6
+
+
+def test_a_picture_of_1024_pixels_is_not_shrunk():
+    """transformers' class default would; the released processors' limit does not."""
+    assert image_patches(Image.new("RGB", (1024, 1024)))[1] == (1, 74, 74)
+
+
+def test_patches_want_rgb(rng):
+    with pytest.raises(TypeError, match="PIL image, got ndarray"):
+        image_patches(np.zeros((9, 9, 3)))
+    with pytest.raises(ValueError, match="RGBA.*load_image"):
+        image_patches(Image.new("RGBA", (99, 99)))
+
+
+def test_image_settings(tmp_path):
+    assert load_image_settings(tmp_path / "nowhere") == {}  # image_patches has the released values
+    inner = {"size": {"shortest_edge": 1, "longest_edge": 2}, "patch_size": 7, "image_mean": [0, 0, 0]}
+    expected = {"min_pixels": 1, "max_pixels": 2, "patch_size": 7, "image_mean": [0, 0, 0]}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
+    assert load_image_settings(tmp_path) == expected
+    old = tmp_path / "preprocessor_config.json"  # read first; min_pixels and max_pixels go before size
+    old.write_text(json.dumps(inner | {"min_pixels": 3, "max_pixels": None}))
+    assert load_image_settings(tmp_path) == expected | {"min_pixels": 3}
+    for wrong in ({"resample": 2}, {"do_rescale": False}, {"do_normalize": False}, {"rescale_factor": 1.0}):
+        old.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} = .* is computed here"):
+            load_image_settings(tmp_path)
+
+
+# ---- the tower
 
 
 def small_config(rng) -> dict:
@@ -76,10 +160,7 @@ def test_images_do_not_see_each_other(rng):
     _, ours = reference_and_ours(config)
     grids = torch.tensor([random_grid(rng) for _ in range(3)])
     patches = random_patches(config, grids)
-    alone = [
-        ours(rows, grid[None])
-        for rows, grid in zip(patches.split(grids.prod(-1).tolist()), grids, strict=True)
-    ]
+    alone = [ours(rows, grid[None]) for rows, grid in zip(patches.split(grids.prod(-1).tolist()), grids, strict=True)]
     assert (ours(patches, grids) - torch.cat(alone)).abs().max() <= 1e-5
 
 
