@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import os
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -44,7 +43,6 @@ EMPTY = " "  # the prompt that stands for none; guidance uses the same
 INDEX = "index.json"  # which file belongs to which sample: written when all are there
 
 Folder = str | os.PathLike
-Folders = Folder | Sequence[Folder] | None
 
 
 class Source(NamedTuple):
@@ -56,7 +54,7 @@ class Source(NamedTuple):
     digests: tuple[str, ...]  # hashes of their bytes
 
 
-def find_sources(img_dir: Folder, control_dir: Folders = None) -> list[Source]:
+def find_sources(img_dir: Folder, control_dir: Folder | Sequence[Folder] | None = None) -> list[Source]:
     """The samples of a data set, by name; a ValueError lists all that is wrong with it. Needs no model."""
     problems = []
     folders = [control_dir] if isinstance(control_dir, str | os.PathLike) else list(control_dir or [])
@@ -135,11 +133,11 @@ def encode_sample(pipe: QwenImagePipeline, source: Source, area: int) -> Sample:
     """Sizes and calls are those of `pipe.edit`. Raises ValueError for a picture that is no longer what it was."""
     target, *controls = map(_open_unchanged, source.pictures, source.digests)
     (target,), _ = pipe.resize_references([target], area)
-    vae_images, condition_images = pipe.resize_references(controls, area)  # the text encoder may see smaller ones
-    embeds, _ = pipe.encode_prompt(source.caption, condition_images or None)
-    empty, _ = pipe.encode_prompt(EMPTY, condition_images or None)
+    references, conditions = pipe.resize_references(controls, area)  # the text encoder may look at smaller ones
+    embeds, _ = pipe.encode_prompt(source.caption, conditions or None)
+    empty, _ = pipe.encode_prompt(EMPTY, conditions or None)
     latents = pipe.encode_image(target)
-    control = [pipe.encode_image(image) for image in vae_images]
+    control = [pipe.encode_image(image) for image in references]
     # a copy made out here may enter autograd; what comes out of inference_mode may not
     control = tuple(z.clone().cpu() for z in control)
     return Sample(source.name, latents.clone().cpu(), control, embeds.clone().cpu(), empty.clone().cpu())
@@ -253,7 +251,7 @@ def _is_whole(file: Path) -> bool:
 def precompute(
     pipe: QwenImagePipeline,
     img_dir: Folder,
-    control_dir: Folders = None,
+    control_dir: Folder | Sequence[Folder] | None = None,
     cache_dir: Folder | None = None,
     area: int | None = None,
     progress: bool = True,
@@ -340,7 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU, float32 on a CPU)")
     add("--prune", action="store_true", help="delete files in the cache that belong to no sample of this run")
     add("--quiet", action="store_true", help="no progress bar")
-    args, started = parser.parse_args(arguments), time.time()
+    args = parser.parse_args(arguments)
     try:
         sources = find_sources(args.images, args.control)  # before minutes are spent on loading a model
         _refuse_controls(QwenImagePipeline.from_pretrained(args.model, without=tuple(PARTS)), sources)
@@ -351,11 +349,9 @@ def main(arguments: list[str] | None = None) -> None:
         stopped = "interrupted; run it again to go on" if isinstance(error, KeyboardInterrupt) else error
         raise SystemExit(f"precompute: {stopped}") from None
     size = sum(file.stat().st_size for file in set(done.kept)) / 1e6
-    print(f"{len(done)} samples in {args.cache}: {done.computed} computed, {done.reused} reused, {size:.1f} MB, "
-          f"{time.time() - started:.1f} s")  # fmt: skip
-    others = len(set(Path(args.cache).glob("*.safetensors")) - set(done.kept))
-    if others:
-        print(f"{others} more files there belong to no sample of this run; --prune deletes them")
+    print(f"{len(done)} samples in {args.cache}: {done.computed} computed, {done.reused} reused, {size:.1f} MB")
+    if others := set(Path(args.cache).glob("*.safetensors")) - set(done.kept):
+        print(f"{len(others)} more files there belong to no sample of this run; --prune deletes them")
 
 
 if __name__ == "__main__":
