@@ -24,7 +24,7 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
 
-COMPUTED = {"resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
+PREPROCESSING = {"resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
 Runs = list[tuple[int, int]]  # consecutive groups of equal length: (how many, tokens in each)
 
 
@@ -90,7 +90,7 @@ def load_image_settings(folder: str | Path) -> dict:
         if (folder / name).is_file():
             config = json.loads((folder / name).read_text(encoding="utf-8"))
     config = {key: value for key, value in config.get("image_processor", config).items() if value is not None}
-    for key, computed in COMPUTED.items():
+    for key, computed in PREPROCESSING.items():
         if not math.isclose(config.get(key, computed), computed, rel_tol=1e-6):
             raise ValueError(f"{folder}: {key} = {config[key]!r}, only {computed!r} is computed here")
     size = config.get("size", {})
