@@ -69,7 +69,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
     if image.mode in ("F", "LAB"):
         raise ValueError(f"no agreed way from mode {image.mode} to RGB: convert the picture yourself first")
-    if image.mode in ("La", "RGBa", "PA") or image.has_transparency_data:
+    if image.has_transparency_data:
         image = image.convert("LA") if image.mode == "La" else image  # La goes nowhere but to LA
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

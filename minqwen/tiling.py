@@ -5,8 +5,7 @@
 Tiles disagree where they meet: near an edge a convolution sees zeros where the picture goes on, and attention sees
 one tile only. Each tile's weight falls towards its edges, and the result is the weighted mean.
 The surprise: at the picture's own rim nothing fades, since the sum is divided by the weights.
-Without a counterpart: diffusers' tiles of this autoencoder fade over the whole overlap (tests/test_tiling.py).
-Chapter 06.
+There is no reference to match: diffusers' tiles fade over the whole overlap (tests/test_tiling.py). Chapter 06.
 """
 
 import math
