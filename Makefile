@@ -1,4 +1,5 @@
 # make lab    set everything up and open the first notebook
+# make check  set everything up and run what takes under a minute, while you write
 # make test   set everything up and run the tests and the notebooks
 # make tiny   set everything up and train the tiny checkpoint from nothing (hours; says how many)
 #
@@ -10,26 +11,34 @@ NOTEBOOK ?= notebooks/00_the_whole_picture.ipynb
 LAB_ARGS ?=
 TEST_ARGS ?=
 TINY_ARGS ?=
+FLOORS_ARGS ?=
+# How many tests run at once: one worker a core, as far as there is memory. tests/conftest.py counts.
+WORKERS ?= auto
 
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help lab test bench notebooks tiny clean setup setup-test
+.PHONY: help lab check test bench floors timings notebooks tiny clean setup setup-test
 
 # Jupyter finds this environment's own kernel before any other "python3" that is registered on the machine.
 export JUPYTER_PREFER_ENV_PATH := 1
 
 help:
-	@echo "make lab     set everything up and open the first notebook in JupyterLab"
-	@echo "make test    set everything up, then run the style check, the tests and all notebooks"
-	@echo "make bench   set everything up, then measure speed against diffusers"
-	@echo "make notebooks  set everything up, bring notebooks up to date with the library, run them, keep their outputs"
-	@echo "make tiny    set everything up, then train the tiny checkpoint from nothing into runs/tiny"
-	@echo "make clean   remove .venv and the caches"
+	@echo "make lab        set everything up and open the first notebook in JupyterLab"
+	@echo "make check      set everything up, then run the style check and the fast tests: under a minute"
+	@echo "make test       set everything up, then run the style check, all tests and all notebooks"
+	@echo "make bench      set everything up, then measure speed against diffusers"
+	@echo "make floors     run the fast tests with the lowest and the highest versions of all dependencies"
+	@echo "make timings    time tests, notebooks and an edit on this machine, and write the rows into README.md"
+	@echo "make notebooks  bring notebooks up to date with the library, run them, keep their outputs"
+	@echo "make tiny       set everything up, then train the tiny checkpoint from nothing into runs/tiny"
+	@echo "make clean      remove .venv and the caches"
 	@echo
 	@echo "PYTHON=/path/to/python3.12   build .venv with this Python (3.11 or newer)"
+	@echo "WORKERS=2                    run two tests at once instead of one a core"
 	@echo "LAB_ARGS='--port 9999'       arguments for JupyterLab"
 	@echo "TINY_ARGS='--share 0.01'     arguments for data/recipes/make_tiny.py"
-	@echo "TEST_ARGS='-k rope'          arguments for pytest, in 'make test' for the library's tests"
+	@echo "TEST_ARGS='-k rope'          arguments for pytest, in 'make check', 'make test' and 'make bench'"
+	@echo "FLOORS_ARGS=lowest           arguments for tests/floors.py"
 
 lab: setup
 	@set -- --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/$(NOTEBOOK); \
@@ -43,14 +52,21 @@ lab: setup
 	echo "Opening $(NOTEBOOK). Stop with Ctrl-C."; \
 	exec $(PY) -m jupyterlab "$$@" $(LAB_ARGS)
 
-test: setup-test
-	@echo "1 of 3: checking the style of library, tests and notebooks (ruff)."
+check: setup-test
 	@$(PY) -m ruff check .
-	@echo "2 of 3: testing the library, part by part, against diffusers and transformers (pytest)."
-	@$(PY) -m pytest --durations=10 $(TEST_ARGS)
-	@echo "3 of 3: running every notebook from top to bottom, tier $${MINQWEN_TIER:-tiny} (nbmake)."
-	@$(PY) -m pytest --nbmake --nbmake-timeout=300 --durations=10 notebooks
+	@$(PY) notebooks/tools.py --check
+	@$(PY) -m pytest -q $(parallel) --durations=10 -m "not slow" $(TEST_ARGS)
+
+test: setup-test
+	@echo "1 of 2: checking the style of library, tests and notebooks (ruff)."
+	@$(PY) -m ruff check .
+	@echo "2 of 2: testing the library, part by part, against diffusers and transformers, while every notebook runs from"
+	@echo "        top to bottom, tier $${MINQWEN_TIER:-tiny} (pytest, nbmake)."
+	@$(PY) -m pytest $(parallel) --durations=25 --nbmake --nbmake-timeout=900 tests notebooks $(TEST_ARGS)
 	@echo "All tests and notebooks pass."
+
+# A worker that has nothing left takes over half of what waits for another one.
+parallel = -n $(WORKERS) --dist worksteal
 
 bench: setup-test
 	@echo "Measuring speed against diffusers on the same weights. Leave the machine alone meanwhile."
@@ -60,6 +76,12 @@ notebooks: setup-test
 	@echo "Bringing the chapters' definitions and the exercises up to date, then running chapters and solutions in place."
 	@$(PY) notebooks/tools.py
 	@$(PY) -m jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace notebooks/*.ipynb notebooks/solutions/*.ipynb
+
+floors: setup-test
+	@$(PY) tests/floors.py $(FLOORS_ARGS)
+
+timings: setup-test
+	@$(PY) tests/timings.py
 
 tiny: setup
 	@$(PY) data/recipes/make_tiny.py $(TINY_ARGS)
@@ -74,7 +96,7 @@ clean:
 fingerprint = $$(pwd) $$(cksum < pyproject.toml)
 
 setup:
-	@$(call install,lab,.)
+	@$(call install,lab,.[course])
 
 setup-test:
 	@$(call install,test,.[test])

@@ -1,19 +1,56 @@
-"""Every test that draws random sizes takes them from one seed, which the header prints.
+"""What every test run shares: one seed for all random sizes, and one thread in each of several workers.
 
-`MINQWEN_SEED=123 pytest ...` repeats a run exactly.
+`MINQWEN_SEED=123 pytest ...` repeats a run exactly, in one process as in many (`pytest -n auto`); the header prints the
+seed. Where diffusers and transformers are missing, the files that compare with them are left out, and named.
 """
 
 import os
 import random
+import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
-SEED = int(os.environ.get("MINQWEN_SEED", random.SystemRandom().randrange(2**31)))
+# The environment carries the seed to the workers, which would each draw another one.
+SEED = int(os.environ.setdefault("MINQWEN_SEED", str(random.SystemRandom().randrange(2**31))))
+WORKER_MEMORY = 1.5e9  # bytes: a worker with PyTorch and diffusers, the largest test, a notebook's kernel beside it
+COMPARES = re.compile(r"^(?:from|import) (?:diffusers|transformers|peft|reference_pipelines)\b", re.MULTILINE)
+LEFT_OUT = []
+if any(find_spec(name) is None for name in ("diffusers", "transformers", "peft")):
+    here = Path(__file__).parent
+    LEFT_OUT = sorted(p.name for p in here.glob("*.py") if COMPARES.search(p.read_text(encoding="utf-8")))
+collect_ignore = LEFT_OUT
 
 
 def pytest_report_header(config):
-    return f"MINQWEN_SEED={SEED} (set it to repeat the random configurations of this run)"
+    lines = [f"MINQWEN_SEED={SEED} (set it to repeat the random configurations of this run)"]
+    if LEFT_OUT:
+        lines.append(f"without diffusers, transformers and peft, left out: {', '.join(LEFT_OUT)}")
+    return lines
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Of `pytest -n auto`: one worker for each core that this process may use and that there is memory for."""
+    import psutil  # comes with ipykernel
+
+    allowed = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()
+    cores = min(psutil.cpu_count(logical=False) or allowed, allowed)
+    return max(1, min(cores, int(psutil.virtual_memory().available / WORKER_MEMORY)))
+
+
+def pytest_configure(config):
+    """Workers, their own processes and the kernels of notebooks have one thread: PyTorch reads this when it starts."""
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, notebooks before all: what comes last is short, and no worker is left alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: 0 if item.path.suffix == ".ipynb" else 1 if item.path in slow else 2)
 
 
 @pytest.fixture(autouse=True)
