@@ -5,8 +5,8 @@
     yardsticks  the same with these three: what they ask for is raised, all else stays at its floor
     highest     the newest of everything
 
-Each environment is built by pip in a temporary folder and removed afterwards. On Linux the lowest PyTorch brings several
-gigabytes of CUDA libraries. Floors are those of the oldest Python that pyproject.toml admits: it must be installed.
+Each environment is built by pip in a temporary folder and removed afterwards. On Linux the lowest PyTorch brings
+several gigabytes of CUDA libraries. Floors are those of the oldest Python that pyproject.toml admits: it must be there.
 """
 
 import argparse
