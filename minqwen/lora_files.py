@@ -18,21 +18,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-DOTTED = ("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.")
-FLAT = ("lora_unet_", "lycoris_")  # kohya and musubi: behind it the module's name with _ for every dot
+PREFIXES = ("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "lora_unet_", "lycoris_")
 DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight")
 UP = (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight")
 ENDINGS = dict.fromkeys(DOWN, "down") | dict.fromkeys(UP, "up") | {".alpha": "alpha"}
 REFUSED = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA"}
 METADATA = "lora_adapter_metadata"  # where diffusers keeps rank and alpha, as JSON
 
-Adapter = tuple[torch.Tensor, torch.Tensor, float]  # down, up, scale
 
-
-def read_lora(
-    file: str | os.PathLike | dict[str, torch.Tensor], model: nn.Module
-) -> tuple[dict[str, Adapter], list[str]]:
-    """The adapters that a file has for the layers of a model, by name, and the keys that fit nothing.
+def read_lora(file: str | os.PathLike | dict[str, torch.Tensor], model: nn.Module) -> tuple[dict, list[str]]:
+    """The adapters that a file has for the layers of a model, and the keys that fit nothing.
 
     Raises ValueError when no key fits, when shapes or halves are missing, and for LoKr, LoHa and DoRA.
     """
@@ -47,12 +42,7 @@ def read_lora(
             f"none of the file's {len(tensors)} keys fits {type(model).__name__}: the file has {some(tensors)}, "
             f"the model {some(layers)}. Is it a LoRA for another model?"
         )
-    adapters = {}
-    for name, parts in found.items():
-        check_parts(name, parts, layers[name])
-        scale = scale_of(name, parts.get("alpha"), len(parts["down"]), config)
-        adapters[name] = parts["down"], parts["up"], scale
-    return adapters, unmatched
+    return {name: adapter_of(name, parts, layers[name], config) for name, parts in found.items()}, unmatched
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -73,18 +63,13 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 def sort_keys(tensors: dict, layers: Iterable[str]) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
     """Layer -> {"down": ..., "up": ..., "alpha": ...}, and the keys that belong to no layer of the model."""
-    by_name = {name: name for name in layers}
-    by_flat_name = {name.replace(".", "_"): name for name in layers}
+    names = {name.replace(".", "_"): name for name in layers} | {name: name for name in layers}
     found, unmatched = {}, []
     for key, tensor in tensors.items():
         ending = next((e for e in ENDINGS if key.endswith(e)), "")
-        name, names = key.removesuffix(ending), by_name
-        while name.startswith(DOTTED):
-            for prefix in DOTTED:
-                name = name.removeprefix(prefix)
-        if name.startswith(FLAT):
-            names = by_flat_name
-            for prefix in FLAT:
+        name = key.removesuffix(ending)
+        while name.startswith(PREFIXES):
+            for prefix in PREFIXES:
                 name = name.removeprefix(prefix)
         if ending and name in names:
             found.setdefault(names[name], {})[ENDINGS[ending]] = tensor
@@ -93,8 +78,8 @@ def sort_keys(tensors: dict, layers: Iterable[str]) -> tuple[dict[str, dict[str,
     return found, unmatched
 
 
-def check_parts(name: str, parts: dict[str, torch.Tensor], layer: nn.Linear) -> None:
-    """Raises ValueError unless both matrices are there and fit the layer."""
+def adapter_of(name: str, parts: dict[str, torch.Tensor], layer: nn.Linear, config: dict) -> tuple:
+    """(down, up, scale) of one layer. Raises ValueError unless both matrices are there and fit it."""
     if "down" not in parts or "up" not in parts:
         raise ValueError(f"{name} has only {' and '.join(sorted(parts))} in this file: it is cut off, fetch it again")
     down, up = parts["down"], parts["up"]
@@ -103,6 +88,7 @@ def check_parts(name: str, parts: dict[str, torch.Tensor], layer: nn.Linear) -> 
             f"{name}: expected (rank, {layer.in_features}) and ({layer.out_features}, rank), "
             f"got {tuple(down.shape)} and {tuple(up.shape)}. Is it a LoRA for a model of another size?"
         )
+    return down, up, scale_of(name, parts.get("alpha"), len(down), config)
 
 
 def scale_of(name: str, alpha: torch.Tensor | None, rank: int, config: dict) -> float:

@@ -6,41 +6,48 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from reference import randomise_
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from minqwen import finetune as library
 from minqwen.finetune import (
-    CHECKPOINT,
     LOG,
     LORA,
+    STATE,
     Row,
+    Settings,
     accumulate_gradients,
-    checkpoint_blocks,
     finetune,
+    flow_error,
     flow_loss,
+    group_by_shape,
     main,
     make_batch,
     picture_preview,
-    resolution_shift,
     sample_sigmas,
     step_order,
+    steps_from,
+    training,
 )
 from minqwen.images import pack_latents
 from minqwen.lora import adapters, add_lora, load_lora, lora_state
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import Precomputed, Sample, precompute
-from minqwen.sampling import get_sigmas, time_shift
+from minqwen.run import read_state
+from minqwen.sampling import time_shift
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.world import sample_edit
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY, SET = ROOT / "data" / "tiny", ROOT / "data" / "finetune"
-KILLS = 50
 SMALL = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24,
          "axes_dims_rope": (4, 6, 6)}  # fmt: skip
 QUICK = {"lr": 1e-2, "rank": 2, "batch_size": 2, "progress": False}
@@ -53,15 +60,14 @@ def small_pipe(seed: int = 0, dtype=torch.float32) -> QwenImagePipeline:
     return QwenImagePipeline(model, None, None, None)
 
 
-def small_set(count: int = 6, seed: int = 0, sizes=((4, 6),), control=(4, 4), dtype=torch.float32) -> list[Sample]:
-    """Samples of random numbers; the target's sizes take turns, prompts have 3 to 6 tokens."""
+def small_set(count: int = 6, seed: int = 0, size=(4, 6), controls=((4, 4),), dtype=torch.float32) -> list[Sample]:
+    """Samples of random numbers, with control pictures of these sizes; prompts have 3 to 6 tokens."""
     g = torch.Generator().manual_seed(seed)
     made = []
     for i in range(count):
-        latents, held = (torch.randn(1, 16, 1, *s, generator=g) for s in (sizes[i % len(sizes)], control or (2, 2)))
-        embeds, empty = torch.randn(1, 3 + i % 4, 24, generator=g), torch.randn(1, 2, 24, generator=g)
-        parts = [x.to(dtype) for x in (latents, held, embeds, empty)]
-        made.append(Sample(f"s{i}", parts[0], (parts[1],) if control else (), *parts[2:]))
+        latents, *held = (torch.randn(1, 16, 1, *s, generator=g).to(dtype) for s in (size, *controls))
+        embeds, empty = (torch.randn(1, n, 24, generator=g).to(dtype) for n in (3 + i % 4, 2))
+        made.append(Sample(f"s{i}", latents, tuple(held), embeds, empty))
     return made
 
 
@@ -72,17 +78,22 @@ def equal(a: dict, b: dict) -> bool:
 # ---------------------------------------------------------------------------------------------- loss and batches
 
 
-def test_the_loss_is_that_of_each_sample_alone(rng):
+@pytest.mark.parametrize("controls", [(), ((4, 4),), ((4, 4), (2, 6))], ids=["draw", "one picture", "two pictures"])
+def test_the_loss_is_that_of_each_sample_alone(controls):
     """In a batch of unequal prompts each sample has the loss that it has by itself, worked out the long way."""
-    pipe, samples = small_pipe(), small_set(5)
+    pipe, samples = small_pipe(), small_set(5, controls=controls)
     sigma, noise = torch.rand(5), torch.randn(5, 6, 64)
-    together = flow_loss(pipe.transformer, make_batch(samples), sigma, noise)
+    batch = make_batch(samples)
+    errors = flow_error(pipe.transformer, batch, sigma, noise)
+    together = flow_loss(pipe.transformer, batch, sigma, noise)
     for i, s in enumerate(samples):
-        x0, control = pack_latents(s.latents), pack_latents(s.control[0])
+        x0, *held = map(pack_latents, (s.latents, *s.control))
         noisy = (1 - sigma[i]) * x0 + sigma[i] * noise[i]
-        shapes = [[(1, 2, 3), (1, 2, 2)]]
-        v = pipe.transformer(torch.cat([noisy, control], 1), s.embeds, None, sigma[i : i + 1], shapes)[:, :6]
-        torch.testing.assert_close(together[i], (v - (noise[i] - x0)).square().mean(), rtol=1e-5, atol=1e-6)
+        shapes = [[(1, h // 2, w // 2) for h, w in ((4, 6), *controls)]]
+        v = pipe.transformer(torch.cat([noisy, *held], 1), s.embeds, None, sigma[i : i + 1], shapes)[:, :6]
+        error = (v - (noise[i] - x0)).square()
+        torch.testing.assert_close(errors[i : i + 1], error, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together[i], error.mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_dropped_caption_becomes_the_samples_own_empty_prompt():
@@ -93,11 +104,23 @@ def test_a_dropped_caption_becomes_the_samples_own_empty_prompt():
     assert make_batch(samples[:1]).mask is None
 
 
-def test_drawing_has_no_control():
-    pipe, samples = small_pipe(), small_set(2, control=None)
-    batch = make_batch(samples)
-    assert batch.control.shape == (2, 0, 64) and batch.shapes == [(1, 2, 3)]
-    assert flow_loss(pipe.transformer, batch, torch.rand(2), torch.randn(2, 6, 64)).shape == (2,)
+def test_control_pictures_lie_one_behind_the_other():
+    drawing, two = make_batch(small_set(2, controls=())), make_batch(small_set(2, controls=((4, 4), (2, 6))))
+    assert drawing.control.shape == (2, 0, 64) and drawing.shapes == [(1, 2, 3)]
+    assert two.control.shape == (2, 4 + 3, 64) and two.shapes == [(1, 2, 3), (1, 2, 2), (1, 1, 3)]
+
+
+def test_samples_of_one_shape_share_a_batch_and_files_are_not_read_to_know_it():
+    samples = small_set(3) + small_set(2, controls=()) + small_set(1, size=(4, 4)) + small_set(1, controls=((4, 6),))
+    assert group_by_shape(samples) == [[0, 1, 2], [3, 4], [5], [6]]
+
+    class OnDisk:
+        __len__ = lambda self: len(samples)  # noqa: E731
+        shapes = lambda self, i: [z.shape for z in (samples[i].latents, *samples[i].control)]  # noqa: E731
+
+    assert group_by_shape(OnDisk()) == group_by_shape(samples)
+    log = finetune(small_pipe(), samples, steps=5, **QUICK)
+    assert len(log) == len(samples), "an epoch of mixed samples"
 
 
 def test_noise_levels_fall_as_they_should():
@@ -112,14 +135,6 @@ def test_noise_levels_fall_as_they_should():
         sample_sigmas(1, "cosine")
 
 
-@pytest.mark.parametrize("tokens", [16, 256, 4096, 8192])
-def test_training_shifts_noise_levels_as_sampling_does(tokens):
-    sigmas = get_sigmas(10, tokens, shift_terminal=None)[:-1]
-    expected = time_shift(torch.linspace(1, 0.1, 10), resolution_shift(tokens))
-    torch.testing.assert_close(sigmas, expected)
-    assert resolution_shift(tokens, use_dynamic_shifting=False, shift=2.5) == 2.5
-
-
 def test_an_epoch_takes_every_sample_once_in_steps_of_one_shape():
     groups = [[0, 2, 4, 6, 8], [1, 3, 5]]
     epochs = [step_order(groups, 2, 7, epoch) for epoch in range(4)]
@@ -129,12 +144,22 @@ def test_an_epoch_takes_every_sample_once_in_steps_of_one_shape():
     assert epochs[0] != epochs[1] and epochs[0] == step_order(groups, 2, 7, 0) != step_order(groups, 2, 8, 0)
 
 
+def test_an_order_is_drawn_once_an_epoch_and_may_be_joined_at_any_step(monkeypatch):
+    groups, drawn = [[0, 2, 4, 6, 8], [1, 3, 5]], []
+    whole = [step for epoch in range(3) for step in step_order(groups, 2, 7, epoch)]
+    monkeypatch.setattr(library, "step_order", lambda *a: drawn.append(a[-1]) or step_order(*a))
+    for first in (0, 4, 5, 12):
+        steps = steps_from(first, groups, 2, 7)
+        assert [next(steps) for _ in whole[first:]] == whole[first:]
+    assert drawn == [0, 1, 2, 0, 1, 2, 1, 2, 2]
+
+
 # ---------------------------------------------------------------------------------------------- gradients
 
 
 def gradients(pipe, samples, batch_size) -> list[torch.Tensor]:
     pipe.transformer.zero_grad()
-    accumulate_gradients(pipe, samples, batch_size, "shifted", 0.5, torch.Generator().manual_seed(3))
+    accumulate_gradients(pipe, samples, Settings(batch_size=batch_size, caption_dropout=0.5), 3)
     return [p.grad.clone() for p in pipe.transformer.parameters() if p.requires_grad]
 
 
@@ -155,20 +180,18 @@ def test_accumulated_gradients_are_those_of_the_larger_batch(batch_size):
 
 
 def test_checkpointing_changes_no_gradient_and_leaves_no_trace():
-    pipe, samples = adapted_pipe(), small_set(3)
-    plain = gradients(pipe, samples, 3)
-    calls, block = [], pipe.transformer.transformer_blocks[0]
-    handle = block.attn.register_forward_hook(lambda *_: calls.append(1))
-    blocks = checkpoint_blocks(pipe.transformer)
-    again = gradients(pipe, samples, 3)
-    assert len(calls) == 2, "a block that is checkpointed is computed twice"
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-    handle.remove()
-    for block in blocks:
-        del block.forward
-    fresh = small_pipe()
-    finetune(fresh, samples, steps=1, checkpointing=True, **QUICK)
-    assert not any("forward" in vars(m) for m in fresh.transformer.modules())
+    samples, found, calls = small_set(3), [], []
+    for checkpointing in (False, True):
+        pipe = small_pipe()
+        with training(pipe.transformer, Settings(rank=2, checkpointing=checkpointing)) as parameters:
+            for p in parameters:
+                torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+            pipe.transformer.transformer_blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
+            found.append(gradients(pipe, samples, 3))
+    assert len(calls) == 1 + 2, "a block that is checkpointed is computed twice"
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not any("forward" in vars(m) for m in pipe.transformer.modules())
+    assert not any(p.requires_grad for p in pipe.transformer.parameters())
 
 
 def test_only_adapters_move_and_the_base_may_be_bfloat16():
@@ -183,28 +206,37 @@ def test_only_adapters_move_and_the_base_may_be_bfloat16():
 
 def test_it_learns():
     """One sample, over and over: the loss falls by a third at least."""
-    pipe = small_pipe()
-    log = finetune(pipe, small_set(1), steps=150, lr=2e-2, rank=0, batch_size=1, accumulate=4, caption_dropout=0.0,
-                   progress=False)  # fmt: skip
-    first, last = (sum(r.loss for r in part) / len(part) for part in (log[:20], log[-20:]))
+    options = {"steps": 30, "lr": 4e-2, "rank": 0, "batch_size": 8, "caption_dropout": 0.0, "progress": False}
+    losses = [row.loss for row in finetune(small_pipe(), small_set(1) * 8, **options)]
+    first, last = sum(losses[:40]), sum(losses[-40:])
     assert last < 0.67 * first, (first, last)
 
 
-def test_full_finetuning_moves_all_weights_and_is_saved_as_released(tmp_path):
+def test_full_finetuning_moves_all_weights_in_float32_and_is_saved_as_released(tmp_path):
     pipe = QwenImagePipeline.from_pretrained(TINY, "cpu", torch.bfloat16, without=("text_encoder", "vae"))
     before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
-    g = torch.Generator().manual_seed(0)
-    half = [torch.randn(*shape, generator=g).bfloat16() for shape in ((1, 16, 1, 8, 8), (1, 5, 128), (1, 2, 128))]
-    finetune(pipe, [Sample("a", half[0], (half[0],), *half[1:])], tmp_path, steps=2, rank=None, lr=1e-2, progress=False)
+    g, shapes = torch.Generator().manual_seed(0), ((1, 16, 1, 8, 8), (1, 5, 128), (1, 2, 128))
+    latents, embeds, empty = (torch.randn(*shape, generator=g).bfloat16() for shape in shapes)
+    during = []
+    options = {"steps": 2, "rank": None, "lr": 1e-2, "progress": False, "preview": lambda _: during.append(pipe.dtype)}
+    finetune(pipe, [Sample("a", latents, (latents,), embeds, empty)], tmp_path, **options)
+    assert during == [torch.float32] * 2 and pipe.dtype == torch.bfloat16
     folder = tmp_path / "transformer"
     saved, trained = load_file(folder / "diffusion_pytorch_model.safetensors"), pipe.transformer.state_dict()
     assert equal(saved, trained) and {v.dtype for v in saved.values()} == {torch.bfloat16}
     unmoved = sum(torch.equal(saved[k], before[k]) for k in before)
     assert unmoved < len(before) / 4  # text layers of the last block reach nothing
-    released = json.loads((TINY / "transformer" / "config.json").read_text())
-    assert {k: v for k, v in json.loads((folder / "config.json").read_text()).items()} == {
-        k: v for k, v in released.items() if k != "_diffusers_version"
-    }
+    written, released = (json.loads((f / "config.json").read_text()) for f in (folder, TINY / "transformer"))
+    assert {k: v for k, v in released.items() if k != "_diffusers_version"}.items() <= written.items()
+    assert QwenImageTransformer2DModel(**written).config == QwenImageTransformer2DModel(**released).config
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_full_finetuning_that_breaks_off_gives_the_weights_back_as_they_were_stored():
+    pipe, (bad,) = small_pipe(dtype=torch.bfloat16), small_set(1, dtype=torch.bfloat16)
+    with pytest.raises(FloatingPointError):
+        finetune(pipe, [bad._replace(latents=bad.latents * math.nan)], steps=1, rank=0, progress=False)
+    assert pipe.dtype == torch.bfloat16 and not any(p.requires_grad for p in pipe.transformer.parameters())
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -217,7 +249,7 @@ def test_the_log_has_a_row_for_every_sample(tmp_path):
     with open(tmp_path / LOG) as file:
         rows = [Row(int(step), float(sigma), float(loss)) for step, sigma, loss in list(csv.reader(file))[1:]]
     assert rows == log
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([CHECKPOINT, LOG, LORA])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([STATE, LOG, LORA])
 
 
 def test_a_seed_gives_the_same_run_whatever_else_draws_numbers():
@@ -257,72 +289,84 @@ def test_a_run_that_stops_goes_on_to_the_same_bits(tmp_path, rank):
     assert seen == [] and log == other and equal(whole, finished)
 
 
-KILLER = """
-import os, random, signal, sys, time, json
+def outcome(folder: Path) -> tuple:
+    """What a run leaves, all that is to be the same; safetensors writes metadata in any order."""
+    weights = read_state(folder / STATE)["parts"]["weights"]
+    with safe_open(folder / LORA, "pt") as file:
+        lora, words = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    tensors = {name: tensor.tolist() for name, tensor in (weights | lora).items()}
+    return (folder / LOG).read_bytes(), tensors, words
+
+
+def test_stopped_at_any_replacement_of_a_file_it_ends_in_the_same_bits(tmp_path, monkeypatch):
+    """Two saves of a log and a state, then the adapters: before each the run stops once, and goes on."""
+    options, replace, calls = QUICK | {"steps": 2, "save_every": 1}, os.replace, []
+
+    def stops(*paths):
+        calls.append(paths)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", stops)
+    stop = 0
+    finetune(small_pipe(), small_set(5), tmp_path / "whole", **options)
+    assert len(calls) == 5
+    for stop in range(1, 6):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            finetune(small_pipe(), small_set(5), tmp_path / f"{stop}", **options)
+        finetune(small_pipe(), small_set(5), tmp_path / f"{stop}", **options)
+        assert outcome(tmp_path / f"{stop}") == outcome(tmp_path / "whole"), stop
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from pathlib import Path
-from safetensors import safe_open
-sys.path.insert(0, sys.argv[1])
-from test_finetune import QUICK, equal, small_pipe, small_set
-from minqwen.finetune import CHECKPOINT, finetune
-from minqwen.lora import lora_state
+from test_finetune import QUICK, outcome, small_pipe, small_set
+from minqwen.finetune import finetune
 
-folder, kills, chance = Path(sys.argv[2]), int(sys.argv[3]), random.Random(int(sys.argv[4]))
-options = QUICK | {"steps": 16, "save_every": 1}
-
-# What is slow to start is started once, so that most kills fall into the run and not before it.
+folder, options = Path(sys.argv[1]), QUICK | {"steps": 6, "save_every": 2}
 pipe, samples = small_pipe(), small_set(5)
-torch.optim.AdamW(pipe.transformer.parameters())
+torch.optim.AdamW(pipe.transformer.parameters())  # what is slow to start is started once
 
-def child(out):
+def killed(out, module, name, call, share=0):
+    original, calls = getattr(module, name), []
+    def dies(*args, **more):
+        calls.append(1)
+        if len(calls) == call:
+            if share:  # of the file is written
+                original(*args, **more)
+                os.truncate(args[1], int(os.path.getsize(args[1]) * share))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **more)
+    setattr(module, name, dies)
+    finetune(pipe, samples, out, **options)
+
+def child(out, *kill):
     if (pid := os.fork()) == 0:
-        finetune(pipe, samples, out, **options)
+        killed(out, *kill) if kill else finetune(pipe, samples, out, **options)
         os._exit(0)
-    return pid
+    return os.waitpid(pid, 0)[1]
 
-def rows_of(out):
-    return (out / "log.csv").read_bytes().count(b"\\n") if (out / "log.csv").exists() else 0
-
-start = time.time()
-os.waitpid(child(folder / "whole"), 0)
-length = time.time() - start
-state = lambda out: {str(k): v for k, v in enumerate(torch.load(out / CHECKPOINT, weights_only=True)["weights"])}
-whole, landed, at, runs, finished = state(folder / "whole"), 0, set(), 0, 0
-log = (folder / "whole" / "log.csv").read_bytes()
-
-def lora(out):  # tensors and metadata: safetensors writes the metadata in any order
-    with safe_open(out / "lora.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
-
-while landed < kills or not finished:
-    out = folder / f"run{runs}"
-    pid = child(out)
-    if landed < kills:
-        time.sleep(chance.uniform(0, length))
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    if os.WIFSIGNALED(status):
-        landed += 1
-        at.add(rows_of(out))
-    else:
-        assert status == 0 and equal(state(out), whole), runs
-        (tensors, said), (wanted, words) = lora(out), lora(folder / "whole")
-        assert (out / "log.csv").read_bytes() == log and equal(tensors, wanted) and said == words, runs
-        runs, finished = runs + 1, finished + 1
-print(json.dumps({"landed": landed, "steps": sorted(at), "finished": finished}))
+assert child(folder / "whole") == 0
+cut = folder / "cut"
+for kill in ((torch, "save", 1, 0.5), (os, "replace", 4), (torch.nn.utils, "clip_grad_norm_", 2)):
+    assert child(cut, *kill) == signal.SIGKILL, kill
+assert child(cut) == 0 and outcome(cut) == outcome(folder / "whole")
+assert not list(cut.glob(".checkpoint*")), "what was half written is cleared away"
 """
 
 
-def test_killed_at_fifty_random_moments_it_ends_in_the_same_bits(tmp_path, rng):
-    paths = [str(ROOT), str(ROOT / "tests")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", KILLER, ROOT / "tests", tmp_path, str(KILLS), str(rng.randrange(10**6))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_killed_in_earnest_it_ends_in_the_same_bits(tmp_path):
+    """By the system: in the middle of the first state, between the second log and its state, in a step."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["landed"] == KILLS and said["finished"] >= 1
-    assert len(said["steps"]) >= 5, "the kills fell on too few different moments to mean anything"
 
 
 def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path):
@@ -333,11 +377,16 @@ def test_a_run_with_other_settings_is_not_gone_on_with(tmp_path):
         finetune(small_pipe(), small_set(4), tmp_path, steps=2, **QUICK)
 
 
+def test_a_run_may_go_on_with_another_rhythm(tmp_path):
+    finetune(small_pipe(), small_set(), tmp_path, steps=2, **QUICK)
+    finetune(small_pipe(), small_set(), tmp_path, steps=2, save_every=7, checkpointing=True, **QUICK)
+
+
 def test_borders(tmp_path):
     with pytest.raises(ValueError, match="the dataset is empty"):
         finetune(small_pipe(), [], steps=1)
-    with pytest.raises(ValueError, match="some samples have a control picture and some have none"):
-        finetune(small_pipe(), small_set(2) + small_set(1, control=None), steps=1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
+        finetune(small_pipe(), small_set(), step=1)
     with pytest.raises(ValueError, match="timestep_sampling 'none'"):
         finetune(small_pipe(), small_set(), steps=1, timestep_sampling="none")
     with pytest.raises(ValueError, match="must be at least 1"):
@@ -348,14 +397,12 @@ def test_borders(tmp_path):
         finetune(pipe, small_set(), steps=1, **QUICK)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_what_is_saved(tmp_path):
     good, bad = small_set(3), small_set(1, seed=9)[0]
     bad = bad._replace(name="bad", latents=bad.latents * math.nan)
-    with pytest.raises(FloatingPointError, match=r"step \d: the loss of \['bad'\] is not finite; try a lower lr"):
-        finetune(small_pipe(), [*good, bad], tmp_path, steps=30, save_every=1, **QUICK | {"batch_size": 1})
-    if (tmp_path / CHECKPOINT).exists():
-        state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
-        assert all(w.isfinite().all() for w in state["weights"])
+    with pytest.raises(FloatingPointError, match=r"step [1-3]: the loss of \['bad'\] is not finite; try an lr below"):
+        finetune(small_pipe(), [*good, bad], tmp_path, steps=30, save_every=1, **QUICK | {"batch_size": 1, "seed": 1})
+    assert all(w.isfinite().all() for w in read_state(tmp_path / STATE)["parts"]["weights"].values())
 
 
 # ---------------------------------------------------------------------------------------------- with data/tiny
@@ -391,29 +438,39 @@ def test_training_on_the_cache_equals_training_on_fresh_embeddings(pairs):
     assert logs[0] == logs[1] and equal(*states)
 
 
-def test_the_command_trains_saves_previews_and_goes_on(pairs, tmp_path, capsys):
-    arguments = [pairs / "cache", "--out", tmp_path / "out", "--model", TINY, "--device", "cpu", "--steps", 4,
+def test_the_command_trains_saves_previews_and_goes_on(pairs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(library, "picture_preview", partial(picture_preview, num_inference_steps=2))
+    arguments = [pairs / "cache", "--out", tmp_path / "out", "--model", TINY, "--device", "cpu", "--steps", 2,
                  "--batch-size", 3, "--lr", "1e-3", "--save-every", 2, "--targets", "to_q", "add_v_proj",
                  "--preview-image", pairs / "control" / "0.png", "--preview-prompt", "mirror the picture",
                  "--quiet"]  # fmt: skip
     main([str(a) for a in arguments])
-    assert "4 steps in" in capsys.readouterr().out
+    assert "2 steps in" in capsys.readouterr().out
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert names == [CHECKPOINT, LOG, LORA, *(f"preview_{k:06}.png" for k in (0, 2, 4))]
-    assert Image.open(tmp_path / "out" / "preview_000004.png").size == (64, 64)
+    assert names == [STATE, LOG, LORA, "preview_000000.png", "preview_000002.png"]
+    assert Image.open(tmp_path / "out" / "preview_000002.png").size == (64, 64)
     report = load_lora(QwenImagePipeline.from_pretrained(TINY, "cpu").transformer, tmp_path / "out" / LORA)
     assert len(report.matched) == 12 and not report.unmatched
     with pytest.raises(SystemExit, match="finetune: .* other settings"):
         main([str(a) for a in arguments] + ["--seed", "3"])
     with pytest.raises(SystemExit, match="holds no finished cache"):
         main([str(tmp_path), "--out", str(tmp_path / "o")])
+    with pytest.raises(SystemExit, match="must be at least 1"):
+        main([str(tmp_path), "--out", str(tmp_path / "o"), "--steps", "0"])
 
 
-def test_help_says_what_the_command_does(capsys):
+def test_every_setting_is_an_option_of_the_command(capsys):
+    defaults = library.command_line().parse_args(["cache", "--out", "out"])
+    assert all(getattr(defaults, each.name) == each.default for each in fields(Settings))
+    words = "cache --out out --steps 3 --lr 0.5 --rank 0 --targets to_q to_k --checkpointing"
+    given = library.command_line().parse_args(words.split())
+    assert (given.steps, given.lr, given.rank, given.checkpointing) == (3, 0.5, 0, True)
+    assert given.targets == ["to_q", "to_k"]
     with pytest.raises(SystemExit):
         main(["--help"])
-    said = capsys.readouterr().out
-    assert "python -m minqwen.finetune" in said and "--caption-dropout" in said and "logit-normal" in said
+    text = capsys.readouterr().out
+    assert "python -m minqwen.finetune" in text
+    assert all(each.metadata["help"][:20] in text for each in fields(Settings))
 
 
 def test_the_preview_does_not_touch_the_run(pairs, tmp_path):
@@ -427,6 +484,7 @@ def test_the_preview_does_not_touch_the_run(pairs, tmp_path):
     assert equal(*states) and (tmp_path / "preview_000002.png").exists()
 
 
+@pytest.mark.slow  # diffusers takes seconds to start
 def test_a_trained_lora_paints_the_same_picture_in_diffusers(pairs, tmp_path, monkeypatch):
     import numpy as np
     from reference_pipelines import edit_pipeline
@@ -434,11 +492,11 @@ def test_a_trained_lora_paints_the_same_picture_in_diffusers(pairs, tmp_path, mo
     pipe = QwenImagePipeline.from_pretrained(TINY, "cpu", torch.float32)
     targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out", "net.0.proj", "net.2", "img_mod.1")
     dataset = Precomputed.open(pairs / "cache")
-    finetune(pipe, dataset, tmp_path, steps=30, lr=1e-2, batch_size=6, targets=targets, progress=False)
+    finetune(pipe, dataset, tmp_path, steps=10, lr=3e-2, batch_size=6, targets=targets, progress=False)
     reference = edit_pipeline(TINY, pipe.area, monkeypatch)
     edit = sample_edit(np.random.default_rng(11), "mirror")
     noise = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
-    options = {"num_inference_steps": 8, "true_cfg_scale": 2.0, "negative_prompt": " "}
+    options = {"num_inference_steps": 2, "true_cfg_scale": 2.0, "negative_prompt": " "}
     paint = lambda: np.asarray(reference(edit.source, edit.instruction, latents=noise, **options).images[0], int)  # noqa: E731
     plain = paint()
     reference.load_lora_weights(tmp_path, weight_name=LORA)

@@ -210,6 +210,7 @@ def test_a_bfloat16_layer_is_merged_with_one_rounding(pair, rng):
 # --------------------------------------------------------------------------------------------------- pictures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", [False, True], ids=["draw", "edit"])
 def test_a_lora_paints_the_same_picture_in_diffusers(rng, tmp_path, monkeypatch, edit):
     pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu", dtype=torch.float32)
