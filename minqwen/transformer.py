@@ -28,7 +28,7 @@ Modulations = tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]  # im
 
 
 class AdaLayerNormContinuous(nn.Module):
-    """LayerNorm modulated by temb: (B, N, C), (B, C) -> (B, N, C). Rows of temb beyond B (zero_cond_t) are not read.
+    """LayerNorm modulated by temb: (B, N, C), (B, C) -> (B, N, C).
 
     modulations: ready-made, (B, 2C), as `modulations` gives them, and then temb is not read.
     """
@@ -41,7 +41,7 @@ class AdaLayerNormContinuous(nn.Module):
     def forward(
         self, x: torch.Tensor, temb: torch.Tensor | None, modulations: torch.Tensor | None = None
     ) -> torch.Tensor:
-        vectors = self.modulations(temb[: len(x)]) if modulations is None else modulations
+        vectors = self.modulations(temb) if modulations is None else modulations
         scale, shift = vectors[:, None].chunk(2, dim=-1)
         return self.norm(x) * (1 + scale) + shift
 
@@ -114,14 +114,19 @@ class QwenImageTransformer2DModel(nn.Module):
         shapes = _common_shapes(hidden_states, img_shapes)
         img = self.img_in(hidden_states)
         txt = self.txt_in(self.txt_norm(encoder_hidden_states))
-        temb = self.embed_timestep(timestep, img) if modulations is None else None
-        of_blocks, of_exit = modulations or ([None] * len(self.transformer_blocks), None)  # None: made of temb there
+        if modulations is None:  # each block makes its own of temb, and so does the exit
+            temb = self.embed_timestep(timestep, img)
+            exit_temb = temb[: len(timestep)]  # not the rows of noise 0
+            of_blocks, of_exit = [None] * len(self.transformer_blocks), None
+        else:
+            temb = exit_temb = None
+            of_blocks, of_exit = modulations
         rotary = self.pos_embed(shapes, txt.shape[1], img.device)
 
         target_tokens = prod(shapes[0])
         for block, vectors in zip(self.transformer_blocks, of_blocks, strict=True):
             txt, img = block(img, txt, temb, encoder_hidden_states_mask, rotary, target_tokens, modulations=vectors)
-        return self.proj_out(self.norm_out(img, temb, of_exit))
+        return self.proj_out(self.norm_out(img, exit_temb, of_exit))
 
     def embed_timestep(self, timestep: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
         """temb: sigma (B,), any tensor of the dtype to compute in -> (B, C); zero_cond_t: (2B, C), noise 0 behind."""

@@ -135,6 +135,13 @@ def test_a_table_of_all_levels_is_made_block_by_block_and_one_row_of_it_serves_a
         assert difference(model(**inputs | {"timestep": None}, modulations=modulations), want) <= TOLERANCE
 
 
+@torch.no_grad()
+def test_one_noise_level_serves_a_whole_batch(tuned):
+    model, inputs = tuned
+    one, each = (model(**inputs | {"timestep": t}) for t in (torch.tensor([0.7]), torch.tensor([0.7, 0.7])))
+    assert difference(one, each) <= TOLERANCE
+
+
 def test_a_missing_noise_level_is_refused(tuned):
     model, inputs = tuned
     with pytest.raises(ValueError, match="timestep is missing"):
