@@ -277,7 +277,6 @@ def training(model: nn.Module, settings: Settings) -> Iterator[list[nn.Parameter
 
 def save_result(pipe: QwenImagePipeline, folder: Path, rank: int | None) -> None:
     """The adapters as diffusers loads them, or the whole transformer as it was released."""
-    folder.mkdir(parents=True, exist_ok=True)
     if rank:
         return save_lora(pipe.transformer, folder / LORA)
     folder = folder / "transformer"

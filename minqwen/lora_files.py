@@ -61,7 +61,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
 
 
-def sort_keys(tensors: dict, layers: Iterable[str]) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
+def sort_keys(tensors: dict, layers: dict) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
     """Layer -> {"down": ..., "up": ..., "alpha": ...}, and the keys that belong to no layer of the model."""
     names = {name.replace(".", "_"): name for name in layers} | {name: name for name in layers}
     found, unmatched = {}, []

@@ -123,7 +123,7 @@ def layer_of(answer):
                "transformer_blocks.0.attn.to_q.lokr_w1"]  # fmt: skip
     random.shuffle(pairs)
     for key, name in pairs + [(key, None) for key in nothing]:
-        got = ask(answer, key, list(layers), library="lora.py")
+        got = ask(answer, key, list(layers), library="lora_files.py")
         if got == name:
             continue
         if name is None:
