@@ -35,7 +35,8 @@ from tqdm import tqdm
 from minqwen.checkpoint import whole_file
 from minqwen.images import calculate_dimensions, load_image
 from minqwen.pipeline import AREA, PARTS, QwenImagePipeline
-from minqwen.prompt import EDIT, IMAGE_PAD, T2I
+from minqwen.prompt import EDIT, T2I
+from minqwen.tokenizer import IMAGE_PAD
 
 FORMAT = "2"  # raise it when the same files give other numbers, or lie in the file in another way
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # in any case: .JPG too
@@ -182,7 +183,7 @@ def fingerprint(pipe: QwenImagePipeline) -> str:
     for module in (pipe.vae.encoder, pipe.vae.quant_conv, pipe.text_encoder):
         for name, weight in module.state_dict().items():
             data = weight.cpu().reshape(-1).view(torch.uint8).numpy()
-            found.append((name, weight.shape, weight.dtype, zlib.crc32(data)))  # sha256 takes several times as long
+            found.append((name, weight.shape, weight.dtype, zlib.crc32(data)))  # on many CPUs faster than sha256
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 

@@ -255,7 +255,7 @@ def batch(answer):
     drawn = [[random.randint(1, 9) for _ in range(random.randint(2, 4))] for _ in range(5)]
     for lengths in ([3, 5], [4], [6, 6], *drawn):
         embeds = [torch.randn(1, n, 8) for n in lengths]
-        got = ask(answer, [e.clone() for e in embeds], library="pipeline.py")
+        got = ask(answer, [e.clone() for e in embeds], library="prompt.py")
         if not isinstance(got, tuple | list) or len(got) != 2:
             raise Wrong("expected two results: embeddings and mask")
         want, mask = padded(embeds)
@@ -278,7 +278,7 @@ def batch(answer):
     sigma, shapes = torch.tensor([0.6]), [[(1, 4, 4), (1, 4, 4)]]
     with torch.no_grad():
         alone = [pipe.transformer(torch.cat([z, c], 1), e, None, sigma, shapes) for z, c, e in data]
-        embeds, mask = ask(answer, [e for *_, e in data], library="pipeline.py")
+        embeds, mask = ask(answer, [e for *_, e in data], library="prompt.py")
         tokens = torch.cat([torch.cat([z, c], 1) for z, c, _ in data])
         together = pipe.transformer(tokens, embeds, mask, sigma, shapes)
         careless = pipe.transformer(tokens, embeds, None, sigma, shapes)

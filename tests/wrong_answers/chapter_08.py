@@ -68,9 +68,9 @@ def unordered(target, control, caption, recipe):
 
 
 def library_key(target, control, caption, recipe):
-    from minqwen.precompute import Source, cache_key
+    from minqwen.precompute import cache_key
 
-    return cache_key(Source("", caption, (), (str(target), str(control))), recipe)
+    return cache_key(recipe | {"pictures": f"{target} {control}", "caption": caption})
 
 
 def writing(beside=True, flush=True, sync=True, early=False, folder=None, remove=False, copy=False):
@@ -103,6 +103,12 @@ def writing(beside=True, flush=True, sync=True, early=False, folder=None, remove
 def leaves(path, data):
     writing()(path, data)
     path.with_suffix(".done").touch()
+
+
+def library_batch(embeds):
+    from minqwen.prompt import pad_prompts
+
+    return pad_prompts([(e, None) for e in embeds])
 
 
 def batched(left=False, mask=lambda m: m, cut=False, always=False, never=False):
@@ -185,6 +191,7 @@ WRONG = {
         ("were cut", batched(cut=True)),
         ("the mask should be None", batched(always=True)),
         ("expected two results", lambda embeds: batched()(embeds)[0]),
+        ("write it yourself", library_batch),
     ],
     "cause": [
         ("a sample is wrong", Answers((("empty", "C"), [0, 1, 2], [0, 1]))),
