@@ -138,9 +138,8 @@ def encode_sample(pipe: QwenImagePipeline, source: Source, area: int) -> Sample:
     embeds, _ = pipe.encode_prompt(source.caption, conditions or None)
     empty, _ = pipe.encode_prompt(EMPTY, conditions or None)
     latents = pipe.encode_image(target)
-    control = [pipe.encode_image(image) for image in references]
     # a copy made out here may enter autograd; what comes out of inference_mode may not
-    control = tuple(z.clone().cpu() for z in control)
+    control = tuple(pipe.encode_image(image).clone().cpu() for image in references)
     return Sample(source.name, latents.clone().cpu(), control, embeds.clone().cpu(), empty.clone().cpu())
 
 
