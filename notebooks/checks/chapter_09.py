@@ -17,6 +17,7 @@ from minqwen.difference import record
 from minqwen.images import pack_latents
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import pad_prompts
+from minqwen.sampling import denoise
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.world import sample_edit
 
@@ -318,24 +319,30 @@ def heun_by(velocity, x, sigmas, last="euler", second="moved", half=0.5):
 
 @exercise("09.6")
 def heun(answer):
-    """heun(velocity, x, sigmas): right numbers with 2S - 1 calls, none of them at 0."""
+    """heun_step(x, v, sigma, after, velocity) in denoise: right numbers with 2S - 1 velocities, none of them at 0."""
     for steps in (1, 2, random.randint(3, 7)):
         x, pull, asked = torch.randn(2, 5, 4), torch.randn(4, 4) / 2, []
 
         def velocity(x, sigma, pull=pull):
-            return (x @ pull) * (0.3 + float(sigma)) + float(sigma) ** 2
+            return (x @ pull) * (0.3 + sigma) + sigma**2
 
         def counted(x, sigma, asked=asked, velocity=velocity):
             asked.append(float(sigma))
-            return velocity(x, sigma)
+            return velocity(x, float(sigma))
+
+        def step(*now, shape=x.shape):
+            got = ask(answer, *now)
+            if not isinstance(got, torch.Tensor) or got.shape != shape:
+                raise Wrong(f"a step returns the next latents, {tuple(shape)}, this returned {str(got)[:60]}")
+            return got
 
         sigmas = released(steps, 4096, stretch=None).tolist()
-        got = ask(answer, counted, x.clone(), sigmas, library="sampling.py")
+        got = denoise(counted, x.clone(), sigmas, step)
         if 0.0 in asked:
             raise Wrong("this asks for a velocity at level 0, where nobody trained the network; end with an Euler step")
         by = lambda walk=(velocity, x, sigmas), **change: heun_by(*walk, **change)  # noqa: E731
         wrong = {
-            "this is Euler: one velocity a step": euler(velocity, x, sigmas),
+            "this is Euler: one velocity a step": denoise(velocity, x, sigmas),
             "ask the second velocity at the point that the Euler step reached": by(second="still"),
             "this asks in the middle of the step; Heun asks at both ends": by(second="middle"),
             "take the mean of the two velocities, not their sum": by(half=1.0),
@@ -343,10 +350,3 @@ def heun(answer):
         expect(got, by(), wrong if steps > 1 else None, where=f"{steps} steps")
         if len(asked) != 2 * steps - 1:
             raise Wrong(f"{steps} steps should take {2 * steps - 1} velocities, this asked for {len(asked)}")
-
-
-def euler(velocity, x, sigmas):
-    """The plain Euler walk, to compare with."""
-    for sigma, after in pairwise(sigmas):
-        x = x + (after - sigma) * velocity(x, sigma)
-    return x

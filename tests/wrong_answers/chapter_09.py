@@ -1,7 +1,6 @@
 """Plausible wrong answers to the exercises of chapter 09, and the words of the diagnosis that each must get."""
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -70,25 +69,19 @@ def library_following(hidden, temb, tensors, x, sigma, after, scale):
     return x + (after - sigma) * guide(hidden[:1, :, :64], hidden[1:, :, :64], scale)
 
 
-def euler(velocity, x, sigmas):
-    for sigma, after in pairwise(sigmas):
-        x = x + (after - sigma) * velocity(x, sigma)
-    return x
+def euler(x, v, sigma, after, velocity):
+    return x + (after - sigma) * v
 
 
 def heun(last=False, still=False, middle=False, half=0.5, again=False):
-    def answer(velocity, x, sigmas):
-        for sigma, after in pairwise(sigmas):
-            step, first = after - sigma, velocity(x, sigma)
-            if after == 0 and not last:
-                x = x + step * first
-            elif middle:
-                x = x + step * velocity(x + step / 2 * first, (sigma + after) / 2)
-            else:
-                second = velocity(x if still else x + step * first, after)
-                first = velocity(x, sigma) if again else first
-                x = x + step * half * (first + second)
-        return x
+    def answer(x, v, sigma, after, velocity):
+        step = after - sigma
+        if after == 0 and not last:
+            return x + step * v
+        if middle:
+            return x + step * velocity(x + step / 2 * v, (sigma + after) / 2)
+        first = velocity(x, sigma) if again else v
+        return x + step * half * (first + velocity(x if still else x + step * v, after))
 
     return answer
 
@@ -154,5 +147,6 @@ WRONG = {
         ("in the middle of the step", heun(middle=True)),
         ("not their sum", heun(half=1)),
         ("should take", heun(again=True)),
+        ("returns the next latents", lambda *now: None),
     ],
 }
