@@ -321,9 +321,10 @@ def _walk(
 
 
 def _expect_finite(flags: list[torch.Tensor]) -> None:
-    steps = torch.stack(flags).tolist()
-    if False in steps:
-        raise FloatingPointError(f"step {steps.index(False)}: numbers are no longer finite; try dtype=torch.float32")
+    flags = torch.stack(flags)
+    if not flags.all():
+        step = flags.tolist().index(False)
+        raise FloatingPointError(f"step {step}: numbers are no longer finite; try dtype=torch.float32")
 
 
 def _edit_template(index: dict, source: str):

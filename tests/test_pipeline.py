@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from reference_pipelines import drawing_pipeline, edit_pipeline
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minqwen.lora import load_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS
+from minqwen.sampling import denoise, get_sigmas
 from minqwen.world import COMBINE, draw, sample_edit, sample_scene
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
@@ -65,8 +67,7 @@ def test_edits_equal_diffusers(rng, pipe, monkeypatch, size):
     reference = edit_pipeline(TINY, area, monkeypatch)
     instruction = sample_edit(np.random.default_rng(rng.randrange(10**6))).instruction
     options = {"true_cfg_scale": rng.choice([1.0, 4.0]), "num_inference_steps": rng.randint(2, 6)}
-    probe = reference(image, instruction, negative_prompt=" ", **options | {"num_inference_steps": 2}).images[0]
-    options["latents"] = noise(*probe.size)
+    options["latents"] = noise(*pipe.resize_references([image], area)[0][0].size)
     want = reference(image, instruction, negative_prompt=" ", **options).images[0]
     assert levels(pipe.edit(image, instruction, area=area, **options, progress=False), want) <= 1
 
@@ -89,8 +90,7 @@ def test_edits_of_several_pictures_equal_diffusers(rng, monkeypatch, count):
     images = [a_picture(rng, rng.randint(40, 90), rng.randint(40, 90)) for _ in range(count)]
     reference = edit_pipeline(TINY, area, monkeypatch, plus=True)
     options = {"true_cfg_scale": 3.0, "num_inference_steps": 3}
-    size = reference(images, "swap them", negative_prompt=" ", **options).images[0].size
-    options["latents"] = noise(*size)
+    options["latents"] = noise(*pipe.resize_references(images, area)[0][-1].size)
     want = reference(images, "swap them", negative_prompt=" ", **options).images[0]
     assert levels(pipe.edit(images, "swap them", area=area, **options, progress=False), want) <= 1
 
@@ -102,7 +102,7 @@ def test_the_adapter_for_two_pictures_equals_diffusers(rng, monkeypatch):
     reference = edit_pipeline(TINY, 64 * 64, monkeypatch, plus=True)
     reference.load_lora_weights(TINY, weight_name="edit_plus_lora.safetensors")
     edit = sample_edit(np.random.default_rng(rng.randrange(10**6)), COMBINE)
-    options = {"true_cfg_scale": 2.0, "num_inference_steps": 20, "latents": noise(64, 64)}
+    options = {"true_cfg_scale": 2.0, "num_inference_steps": 3, "latents": noise(64, 64)}
     want = reference(edit.sources, edit.instruction, negative_prompt=" ", **options).images[0]
     assert levels(pipe.edit(edit.sources, edit.instruction, **options, progress=False), want) <= 1
 
@@ -152,6 +152,16 @@ def test_the_callback_sees_every_step(pipe):
     assert torch.equal(seen[0][2], latents) and seen[0][3].shape == latents.shape
 
 
+def test_the_loop_and_the_velocity_make_the_same_picture_in_the_open(pipe):
+    """Where another sampler would stand: denoise(..., step=another)."""
+    edit, latents = sample_edit(np.random.default_rng(0)), noise(64, 64)
+    prompts = [pipe.encode_prompt(text, [edit.source]) for text in (edit.instruction, " ")]
+    velocity = pipe.velocity(prompts, [pipe.encode_image(edit.source)], 64, 64, 3.0)
+    mine = pipe.decode(denoise(velocity, latents, get_sigmas(3, 16, **pipe.schedule)), 64, 64)
+    options = {"true_cfg_scale": 3.0, "num_inference_steps": 3, "latents": latents, "progress": False}
+    assert levels(mine, pipe.edit(edit.source, edit.instruction, **options)) == 0
+
+
 def test_guidance_is_off_without_a_negative_prompt_or_at_scale_one(pipe):
     options = {"num_inference_steps": 2, "latents": noise(64, 64), "progress": False}
     plain = pipe.generate("a star", true_cfg_scale=1.0, **options)
@@ -176,8 +186,9 @@ def test_a_photo_taken_sideways_is_turned(rng, pipe, tmp_path):
 
 
 def test_sizes_are_rounded_down_with_a_word_about_it(pipe):
-    with pytest.warns(UserWarning, match="100 is no multiple of 16.*96"):
+    with pytest.warns(UserWarning, match="100 is no multiple of 16.*96") as warned:
         assert pipe.generate("a star", width=100, height=64, num_inference_steps=1, progress=False).size == (96, 64)
+    assert warned[0].filename == __file__  # it points at the call
 
 
 def test_a_long_prompt_is_cut_with_a_word_about_it(pipe):
@@ -223,18 +234,54 @@ def test_overflow_is_an_error_not_a_black_picture(pipe):
         pipe.generate("a star", latents=torch.full((1, 16, 64), float("inf")), progress=False)
 
 
+@pytest.mark.parametrize("device, predictions", [("cpu", 3), ("a GPU", 5)])
+def test_overflow_is_named_by_its_first_step(pipe, monkeypatch, device, predictions):
+    """A CPU stops there, for its steps may take minutes; a GPU is not waited for until the end."""
+    if device != "cpu":
+        monkeypatch.setattr("minqwen.pipeline.LOOK_AT_EVERY_STEP", ())
+    asked = []
+
+    def velocity(latents, sigma):
+        asked.append(sigma)
+        return torch.full_like(latents, float("nan") if len(asked) > 2 else 1.0)
+
+    monkeypatch.setattr(pipe, "velocity", lambda *given: velocity)
+    with pytest.raises(FloatingPointError, match="step 2"):
+        pipe.generate("a star", num_inference_steps=5, progress=False)
+    assert len(asked) == predictions
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often Python looks at a tensor's number: item, bool, int, float."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device, looks_a_step", [("cpu", 1), ("a GPU", 0)])
+def test_no_step_waits_for_a_gpu(pipe, monkeypatch, device, looks_a_step):
+    """Between two predictions nobody looks at a number, which would make the CPU wait for all that it has asked for."""
+    if device != "cpu":
+        monkeypatch.setattr("minqwen.pipeline.LOOK_AT_EVERY_STEP", ())
+    counts = []
+    with Looks() as looks:
+        options = {"num_inference_steps": 4, "callback": lambda *now: counts.append(looks.count), "progress": False}
+        pipe.generate("a star", true_cfg_scale=4.0, **options)
+    assert [after - before for before, after in zip(counts, counts[1:], strict=False)] == [looks_a_step] * 3
+
+
 def test_float16_is_refused():
     with pytest.raises(ValueError, match="float16"):
         QwenImagePipeline.from_pretrained(TINY, dtype=torch.float16)
 
 
-@pytest.mark.parametrize(
-    "family, message",
-    [("QwenImage21Pipeline", "Qwen-Image-2.1"), ("QwenImageLayeredPipeline", "Layered"), ("FluxPipeline", "Flux")],
-)
-def test_other_families_are_refused_by_name(tmp_path, family, message):
+@pytest.mark.parametrize("family", ["QwenImage21Pipeline", "QwenImageLayeredPipeline", "FluxPipeline"])
+def test_other_families_are_refused_by_name(tmp_path, family):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": family}))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{family}, which minqwen does not compute"):
         QwenImagePipeline.from_pretrained(tmp_path)
 
 
