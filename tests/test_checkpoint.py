@@ -1,41 +1,30 @@
-"""checkpoint.py: folders and a hub in the released layout, strictly; nothing damaged, pickled or outside is opened.
+"""checkpoint.py: folders in the released layout, strictly; nothing damaged, pickled or outside is opened; whole files.
 
-The hub is a small server on this machine, which counts the bytes that it sends.
+test_hub.py has the same of a repository on the hub.
 """
 
 import json
+import os
 import re
 import threading
-from functools import partial
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage as ReferenceVAE
 from diffusers import QwenImageTransformer2DModel as Reference
-from hub import Hub
-from huggingface_hub import constants
-from huggingface_hub.utils import close_session
 from reference import TOLERANCE, difference, randomise_
+from released import BLOCK, CONFIG, STEM, edit_header, edit_index, same
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minqwen.checkpoint import Checkpoint
+from minqwen.checkpoint import Checkpoint, whole_file
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vae import AutoencoderKLQwenImage
 
-CONFIG = {
-    "in_channels": 8,
-    "out_channels": 2,
-    "num_layers": 3,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 24,
-    "axes_dims_rope": (4, 6, 6),
-}
 VAE = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True]}
 VAE |= {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
-STEM = "diffusion_pytorch_model.safetensors"
-BLOCK = "transformer_blocks.0."
 
 
 @pytest.fixture(scope="module")
@@ -74,27 +63,14 @@ def load(folder: Path, **kwargs):
     return Checkpoint(folder.parent).load(QwenImageTransformer2DModel, folder.name, **kwargs)
 
 
-def edit_index(folder: Path, change) -> None:
-    path = folder / f"{STEM}.index.json"
-    index = json.loads(path.read_text())
-    change(index["weight_map"])
-    path.write_text(json.dumps(index))
-
-
-def edit_header(path: Path, change) -> None:
-    """Change the header of a safetensors file; its data stay as they are."""
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-
-
 def edit_tensors(path: Path, change) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+
+
+def in_dtype(module: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(dtype) for name, tensor in module.state_dict().items()}
 
 
 def inputs() -> dict:
@@ -104,12 +80,6 @@ def inputs() -> dict:
         "timestep": torch.rand(1),
         "img_shapes": [[(1, 3, 4)]],
     }
-
-
-def assert_same_weights(module: torch.nn.Module, reference: torch.nn.Module, dtype: torch.dtype = torch.float32):
-    ours, theirs = module.state_dict(), reference.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name].dtype == dtype and torch.equal(ours[name], theirs[name].to(dtype)) for name in theirs)
 
 
 # Folders that are as they should be
@@ -122,7 +92,7 @@ def test_opens_what_the_reference_wrote(written, request, layout, dtype):
     folder = request.getfixturevalue(layout)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (layout == "sharded")
     module = load(folder, dtype=dtype)
-    assert_same_weights(module, written[1], dtype)
+    assert same(module.state_dict(), in_dtype(written[1], dtype))
     assert not module.training and not any(p.is_meta for p in module.parameters())
     given = inputs()
     reference = Reference.from_pretrained(folder, torch_dtype=dtype)
@@ -142,7 +112,8 @@ def test_weights_stored_in_bf16_open_in_both(written, tmp_path):
     reference = Reference(**CONFIG).bfloat16()
     reference.save_pretrained(tmp_path / "transformer")
     for dtype in (torch.bfloat16, torch.float32):
-        assert_same_weights(load(tmp_path / "transformer", dtype=dtype), reference, dtype)
+        assert same(load(tmp_path / "transformer", dtype=dtype).state_dict(), in_dtype(reference, dtype))
+    assert same(load(tmp_path / "transformer", dtype=None).state_dict(), reference.state_dict())
 
 
 @pytest.mark.parametrize("layout", ["sharded", "single"])
@@ -153,8 +124,7 @@ def test_one_prefix_is_read_alone(written, request, layout):
         for unused in set(weight_map.values()) - {f for name, f in weight_map.items() if name.startswith(BLOCK)}:
             (folder / unused).unlink()
     expected = {name: t for name, t in written[1].state_dict().items() if name.startswith(BLOCK)}
-    found = Checkpoint(folder.parent).tensors("transformer", BLOCK)
-    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+    assert same(Checkpoint(folder.parent).tensors("transformer", BLOCK), expected)
 
 
 def test_a_prefix_that_no_tensor_has(sharded):
@@ -164,7 +134,81 @@ def test_a_prefix_that_no_tensor_has(sharded):
 
 def test_one_file_of_any_name_will_do(single, written):
     (single / STEM).rename(single / "qwen.safetensors")
-    assert_same_weights(load(single), written[1])
+    assert same(load(single).state_dict(), written[1].state_dict())
+
+
+def test_hidden_files_of_another_system_do_not_count(single, written):
+    (single / STEM).rename(single / "qwen.safetensors")
+    (single / "._qwen.safetensors").write_bytes(b"\0\5\26\7" + bytes(100))
+    assert same(load(single).state_dict(), written[1].state_dict())
+
+
+def test_a_tensor_that_two_files_hold_is_refused(sharded):
+    (sharded / f"{STEM}.index.json").unlink()
+    first = min(sharded.glob("*.safetensors"))
+    (sharded / "other.safetensors").write_bytes(first.read_bytes())
+    both = f"transformer/other.safetensors and transformer/{first.name} .*both hold .*: take one away"
+    with pytest.raises(ValueError, match=both):
+        load(sharded)
+    first.unlink()
+    assert load(sharded)
+
+
+def test_names_and_shapes_come_from_the_headers(written):
+    for component, reference in (("transformer", written[1]), ("vae", written[2])):
+        expected = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
+        assert Checkpoint(written[0]).shapes(component) == expected
+
+
+# Block by block, and in parts
+
+
+@pytest.mark.parametrize("layout", ["sharded", "single"])
+def test_blocks_are_all_tensors_one_block_at_a_time(written, request, layout, monkeypatch):
+    folder, found, earlier, alive = request.getfixturevalue(layout), {}, [], []
+    read = Checkpoint._read
+
+    def watched(self, *args, **kwargs):
+        alive.append(sum(tensor() is not None for tensor in earlier))
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoint, "_read", watched)
+    for prefix, tensors in Checkpoint(folder.parent).blocks("transformer"):
+        assert tensors and all(name.startswith(prefix) for name in tensors)
+        found |= {name: tensor.clone() for name, tensor in tensors.items()}
+        earlier += [weakref.ref(tensor) for tensor in tensors.values()]
+        del tensors
+    assert same(found, written[1].state_dict())
+    assert alive == [0] * 4, "a block was held while the next one was read"
+
+
+def test_blocks_come_in_the_order_of_their_numbers(tmp_path):
+    names = [f"{stack}.{k}.weight" for stack in ("model.layers", "visual.blocks") for k in range(11, -1, -1)]
+    names += ["model.norm.weight", "visual.merger.mlp.0.weight"]
+    (tmp_path / "text_encoder").mkdir()
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "text_encoder" / "model.safetensors")
+    blocks = list(Checkpoint(tmp_path).blocks("text_encoder"))
+    assert blocks[0][0] == "" and set(blocks[0][1]) == {"model.norm.weight", "visual.merger.mlp.0.weight"}
+    for stack in ("model.layers", "visual.blocks"):
+        assert [p for p, _ in blocks if p.startswith(stack)] == [f"{stack}.{k}." for k in range(12)]
+
+
+def test_parts_land_where_and_as_they_are_asked_for(single, written):
+    device = {"": "meta", "transformer_blocks.": "cpu", "transformer_blocks.1.": "meta"}
+    dtype = {"": None, "transformer_blocks.": torch.bfloat16, "transformer_blocks.0.attn.": torch.float64}
+    module = load(single, device=device, dtype=dtype)
+    for name, tensor in written[1].state_dict().items():
+        found = module.state_dict()[name]
+        here = name.startswith(("transformer_blocks.0.", "transformer_blocks.2."))
+        wanted = torch.bfloat16 if name.startswith("transformer_blocks.") else torch.float32
+        wanted = torch.float64 if name.startswith("transformer_blocks.0.attn.") else wanted
+        assert (found.device.type, found.dtype) == ("cpu" if here else "meta", wanted), name
+        assert not here or torch.equal(found, tensor.to(wanted))
+
+
+def test_a_part_without_a_device_is_named(single):
+    with pytest.raises(ValueError, match=r"\['transformer_blocks.'\] name no device or dtype for .*add the prefix ''"):
+        load(single, device={"transformer_blocks.": "cpu"})
 
 
 # What is missing
@@ -222,8 +266,9 @@ def test_a_config_that_does_not_belong_to_the_weights(single):
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
 def test_a_truncated_file_is_refused(single, kept):
     (single / STEM).write_bytes((single / STEM).read_bytes()[:kept])
-    with pytest.raises(ValueError, match=f"{STEM} is damaged"):
-        load(single)
+    for read in (load, lambda folder: Checkpoint(folder.parent).shapes("transformer")):
+        with pytest.raises(ValueError, match=f"{STEM} is damaged"):
+            read(single)
 
 
 def test_a_tampered_header_is_refused(single):
@@ -281,179 +326,119 @@ def test_a_config_that_is_no_json_object(single, text):
 
 
 def test_a_source_that_is_neither_folder_nor_repository(single):
-    for source in (single / STEM, "nowhere", "./nowhere", "/no/where", "a/b/c", "a/b.safetensors", ""):
+    sources = (single / STEM, "nowhere", "./nowhere", "/no/where", "~/where", "a/b/c", "a/b.safetensors", "a b/c", "")
+    for source in sources:
         with pytest.raises(FileNotFoundError, match="neither a folder nor a hub repository"):
             Checkpoint(source)
 
 
-# The hub
+# Files are written all or nothing
 
 
 @pytest.fixture
-def hub(written, tmp_path, monkeypatch):
-    server = Hub(written[0])
-    thread = threading.Thread(target=partial(server.serve_forever, poll_interval=0.01), daemon=True)
-    thread.start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the waits between attempts
-    close_session()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-    close_session()
+def file(tmp_path) -> Path:
+    (tmp_path / "file.bin").write_bytes(b"old")
+    return tmp_path / "file.bin"
 
 
-def test_one_prefix_comes_from_the_hub_by_byte_ranges(hub, written, capsys):
-    expected = {name: t for name, t in written[1].state_dict().items() if name.startswith(BLOCK)}
-    found = Checkpoint("owner/name").tensors("transformer", BLOCK)
-    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
-    size = sum(t.nbytes for t in expected.values())
-    whole = sum(path.stat().st_size for path in (written[0] / "transformer").glob("*.safetensors"))
-    sent = hub.sent(".safetensors") - hub.sent(".index.json")
-    assert size < sent < size + 12_000 < whole
-    assert f"{BLOCK}*: {len(expected)} tensors, {size / 1e6:.2f} MB from owner/name" in capsys.readouterr().out
+def test_a_file_is_replaced_when_it_is_whole(file):
+    with whole_file(str(file)) as half:
+        half.write_bytes(b"new")
+        assert file.read_bytes() == b"old"
+        assert half.parent == file.parent and half.name.startswith(".file.bin.") and half.suffix == ".part"
+    assert file.read_bytes() == b"new" and os.listdir(file.parent) == ["file.bin"]
 
 
-def test_the_amount_is_said_before_the_first_tensor_comes(hub, capsys):
-    hub.fault = "another range"  # headers come right, tensors do not
-    with pytest.raises(ConnectionError):
-        Checkpoint("owner/name").tensors("transformer", BLOCK)
-    assert "MB from owner/name" in capsys.readouterr().out
+def test_a_long_name_can_be_written(tmp_path):
+    name = "ü" * 120 + ".safetensors"  # of the 255 bytes that a name may have
+    with whole_file(tmp_path / name) as half:
+        half.write_bytes(b"new")
+    assert os.listdir(tmp_path) == [name]
 
 
-def test_names_and_shapes_come_from_the_headers_alone(hub, written):
-    expected = {name: tuple(t.shape) for name, t in written[1].state_dict().items()}
-    assert Checkpoint("owner/name").shapes("transformer") == Checkpoint(written[0]).shapes("transformer") == expected
-    files = (written[0] / "transformer").glob("*.safetensors")
-    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in files)
-    assert hub.sent(".safetensors") - hub.sent(".index.json") == headers
-    theirs = written[2].state_dict()
-    assert Checkpoint(written[0]).shapes("vae") == {name: tuple(t.shape) for name, t in theirs.items()}
+def test_a_writer_that_dies_leaves_a_hidden_part(file):
+    dies = whole_file(file)
+    dies.__enter__().write_bytes(b"half")
+    assert file.read_bytes() == b"old"
+    (left,) = set(os.listdir(file.parent)) - {"file.bin"}
+    assert left.startswith(".") and left.endswith(".part")
+    with whole_file(file) as half:  # which is in nobody's way
+        half.write_bytes(b"new")
+    assert file.read_bytes() == b"new"
 
 
-def test_a_damaged_header_on_this_disk_is_named(single):
-    path = single / STEM
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="damaged"):
-        Checkpoint(single.parent).shapes("transformer")
+FULL = "No space left on device"
 
 
-def test_a_prefix_of_a_single_file_comes_by_byte_ranges(hub, written):
-    found = Checkpoint("owner/name").tensors("vae", "decoder.conv_out.")
-    theirs = written[2].state_dict()
-    assert found and all(torch.equal(found[name], theirs[name]) for name in found)
-    assert hub.sent(STEM) < (written[0] / "vae" / STEM).stat().st_size / 2
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, FULL),
+        SafetensorError(f"Error while serializing: I/O error: {FULL} (os error 28)"),
+        RuntimeError(f"[enforce fail at inline_container.cc:672] . {FULL}"),  # torch.save
+    ],
+)
+def test_a_full_disk_keeps_the_old_file_and_names_it(file, error):
+    with pytest.raises(OSError, match=f"^cannot write {re.escape(str(file))}: .*{FULL}"), whole_file(file) as half:
+        half.write_bytes(b"ha")
+        raise error
+    assert file.read_bytes() == b"old" and os.listdir(file.parent) == ["file.bin"]
 
 
-def test_a_whole_component_equals_the_folder(hub, written, capsys):
-    assert_same_weights(Checkpoint("owner/name").load(QwenImageTransformer2DModel, "transformer"), written[1])
-    files = sorted((written[0] / "transformer").glob("*.safetensors"))
-    megabytes = sum(path.stat().st_size for path in files) / 1e6
-    assert f"transformer: {megabytes:.2f} MB in {len(files)} files from owner/name" in capsys.readouterr().out
+@pytest.mark.parametrize("error", [TypeError, RuntimeError, KeyboardInterrupt])
+def test_other_errors_pass_as_they_are(file, error):
+    with pytest.raises(error, match="^our own$"), whole_file(file) as half:
+        half.write_bytes(b"ha")
+        raise error("our own")
+    assert file.read_bytes() == b"old" and os.listdir(file.parent) == ["file.bin"]
 
 
-@pytest.mark.parametrize("component", ["transformer", "vae"])
-def test_what_was_downloaded_is_read_without_the_hub(hub, written, capsys, component):
-    before = Checkpoint("owner/name").tensors(component)
-    capsys.readouterr()
-    sent = hub.sent(".safetensors") - hub.sent(".index.json")
-    prefix = next(iter(before))[:12]
-    assert Checkpoint("owner/name").tensors(component, prefix)[next(iter(before))].equal(before[next(iter(before))])
-    assert hub.sent(".safetensors") - hub.sent(".index.json") == sent
-    hub.shutdown()
-    hub.server_close()
-    close_session()
-    after = Checkpoint("owner/name").tensors(component)
-    assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize("held_for", [2, 99])
+def test_a_file_that_a_reader_holds_open_on_windows(file, held_for, monkeypatch):
+    """Simulated: there os.replace fails while another program has the target open."""
+    replace, attempts, waits = os.replace, [], []
+
+    def replace_on_windows(source, target):
+        attempts.append(target)
+        if len(attempts) <= held_for:
+            raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", replace_on_windows)
+    monkeypatch.setattr("time.sleep", waits.append)
+    if held_for == 2:
+        with whole_file(file) as half:
+            half.write_bytes(b"new")
+        assert file.read_bytes() == b"new" and len(attempts) == 3
+        return
+    with pytest.raises(OSError, match=f"^cannot write {re.escape(str(file))}: .*used by another process"):
+        with whole_file(file) as half:
+            half.write_bytes(b"new")
+    assert file.read_bytes() == b"old" and os.listdir(file.parent) == ["file.bin"] and 1 < sum(waits) < 5
 
 
-def test_a_hub_that_ignores_ranges(hub):
-    hub.fault = "no ranges"
-    with pytest.raises(ConnectionError, match="HTTP 200 .* does not serve byte ranges"):
-        Checkpoint("owner/name").tensors("transformer", BLOCK)
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    path = tmp_path / "no" / "file.bin"
+    with pytest.raises(OSError, match=f"^cannot write {re.escape(str(path))}: "), whole_file(path) as half:
+        half.write_bytes(b"new")
 
 
-def test_a_hub_that_answers_with_another_range(hub):
-    hub.fault = "another range"
-    with pytest.raises(ConnectionError, match="to a request for bytes="):
-        Checkpoint("owner/name").tensors("transformer", BLOCK)
+def test_writers_of_one_file_do_not_mix_their_bytes(file):
+    together = threading.Barrier(4)
 
+    def write(letter: bytes) -> None:
+        together.wait()
+        for _ in range(20):
+            with whole_file(file) as half, open(half, "wb") as out:
+                for _ in range(4):
+                    out.write(letter * 5000)
+                    out.flush()
 
-def test_a_hub_that_stays_busy(hub):
-    hub.fault = "busy"
-    with pytest.raises(ConnectionError, match="HTTP 503"):
-        Checkpoint("owner/name").tensors("transformer", BLOCK)
-
-
-def test_a_hub_that_cannot_be_reached(hub):
-    hub.shutdown()
-    hub.server_close()
-    with pytest.raises(ConnectionError, match="cannot reach the hub for transformer/config.json of owner/name"):
-        Checkpoint("owner/name").load(QwenImageTransformer2DModel, "transformer")
-    with pytest.raises(ConnectionError, match=f"cannot read http://.*{STEM}"):
-        Checkpoint("owner/name")._fetch(f"transformer/{STEM}", 0, 8)
-
-
-def test_what_the_hub_does_not_have(hub):
-    with pytest.raises(FileNotFoundError, match="owner/other on the hub"):
-        Checkpoint("owner/other").config("model_index.json")
-    with pytest.raises(FileNotFoundError, match="owner/name has no text_encoder/config.json"):
-        Checkpoint("owner/name").load(QwenImageTransformer2DModel, "text_encoder")
-    with pytest.raises(FileNotFoundError, match="owner/name has no safetensors weights in text_encoder/"):
-        Checkpoint("owner/name").tensors("text_encoder", "model.")
-    with pytest.raises(FileNotFoundError, match="bad name/x on the hub"):
-        Checkpoint("bad name/x").config("model_index.json")
-
-
-@pytest.mark.parametrize("prefix", ["", BLOCK])
-def test_an_answer_that_breaks_off_never_becomes_numbers(hub, prefix):
-    checkpoint = Checkpoint("owner/name")
-    checkpoint.weight_map("transformer")  # the index comes whole, the weights do not
-    hub.fault = "cut off"
-    with pytest.raises((ConnectionError, OSError), match="broke off|cannot read http"):
-        checkpoint.tensors("transformer", prefix)
-    hub.fault = None  # and what came of it does no harm later
-    assert checkpoint.tensors("transformer", prefix)
-
-
-def test_a_download_that_breaks_off_is_no_file(hub, written):
-    name = min(json.loads((written[0] / f"transformer/{STEM}.index.json").read_text())["weight_map"].values())
-    hub.fault = "cut off"
-    with pytest.raises((ConnectionError, OSError)):
-        Checkpoint("owner/name").file(f"transformer/{name}")
-    hub.fault = None
-    found = Checkpoint("owner/name").file(f"transformer/{name}")
-    assert found.read_bytes() == (written[0] / "transformer" / name).read_bytes()
-
-
-def test_damaged_files_on_the_hub_are_refused(hub, sharded):
-    hub.folder = sharded.parent
-    weight_map = json.loads((sharded / f"{STEM}.index.json").read_text())["weight_map"]
-    name = next(n for n in weight_map if n.startswith(BLOCK))
-    shard = sharded / weight_map[name]
-    pristine = shard.read_bytes()
-
-    def refused(change, message):
-        shard.write_bytes(pristine)
-        edit_header(shard, change)
-        with pytest.raises(ValueError, match=message):
-            Checkpoint("owner/name").tensors("transformer", BLOCK)
-
-    refused(lambda header: header.pop(name), f"does not match its index.*{name}")
-    refused(lambda header: header[name].update(shape=[3]), f"{name}: .* bytes do not make")
-    refused(lambda header: header[name].update(shape=[-1, -1]), "header is damaged")
-    refused(lambda header: header[name].update(dtype="I3"), f"{name} is stored as I3")
-    refused(lambda header: header[name].update(data_offsets=[8, 4]), "header is damaged")
-    refused(lambda header: header[name].pop("dtype"), "header is damaged")
-    shard.write_bytes(b"<html>Sign in to go on</html>" * 40)
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        Checkpoint("owner/name").tensors("transformer", BLOCK)
+    writers = [threading.Thread(target=write, args=(letter,)) for letter in (b"a", b"b", b"c")]
+    for writer in writers:
+        writer.start()
+    together.wait()
+    while any(writer.is_alive() for writer in writers):
+        data = file.read_bytes()
+        assert data == b"old" or (len(data) == 20000 and len(set(data)) == 1)
+    assert os.listdir(file.parent) == ["file.bin"]

@@ -1,0 +1,250 @@
+"""hub.py: downloads and byte ranges; what the hub does wrong is said, and an error of our own is none of the hub's.
+
+The hub is a small server on this machine, which counts the bytes that it sends.
+"""
+
+import json
+import re
+import weakref
+
+import pytest
+import torch
+from hub import ask_only, serving
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session
+from released import BLOCK, CONFIG, STEM, edit_header, same, small_transformer, write_sharded
+from safetensors.torch import save_file
+
+import minqwen.hub
+from minqwen.checkpoint import Checkpoint
+from minqwen.hub import Repository
+from minqwen.transformer import QwenImageTransformer2DModel
+
+VAE = {"encoder.conv_in.weight": torch.arange(2000.0), "decoder.conv_out.bias": torch.arange(5).half()}
+
+
+@pytest.fixture
+def wanted() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return dict(small_transformer().state_dict())
+
+
+@pytest.fixture
+def hub(wanted, tmp_path, monkeypatch):
+    """A transformer in shards and an autoencoder in one file, on a hub."""
+    folder = tmp_path / "released"
+    write_sharded(wanted, folder / "transformer")
+    (folder / "transformer" / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "vae").mkdir()
+    save_file(VAE, folder / "vae" / STEM)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the waits between attempts
+    with serving(folder) as hub:
+        ask_only(hub, tmp_path / "cache", monkeypatch)
+        yield hub
+
+
+def starting(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def headers(folder) -> int:
+    return sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in folder.glob("*.safetensors"))
+
+
+# Byte ranges
+
+
+def test_one_prefix_comes_by_byte_ranges(hub, wanted, capsys):
+    checkpoint, block = Checkpoint("owner/name"), starting(wanted, BLOCK)
+    assert same(checkpoint.tensors("transformer", BLOCK), block)
+    size = sum(tensor.nbytes for tensor in block.values())
+    assert hub.sent_weights() == checkpoint.fetched == headers(hub.folder / "transformer") + size
+    assert f"transformer/{BLOCK}*: {len(block)} tensors, {size / 1e6:.2f} MB from owner/name" in capsys.readouterr().out
+
+
+def test_a_header_is_read_once(hub, wanted):
+    checkpoint = Checkpoint("owner/name")
+    for block in ("transformer_blocks.0.", "transformer_blocks.1.", "proj_out."):
+        checkpoint.tensors("transformer", block)
+    checkpoint.shapes("transformer")
+    assert sum(1 for path in hub.requests if path.endswith(".safetensors")) == 2 * 4 + 2 * 32 + 2
+
+
+def test_the_amount_is_said_before_the_first_tensor_comes(hub, capsys):
+    hub.fault = "another range"  # headers come right, tensors do not
+    with pytest.raises(ConnectionError):
+        Checkpoint("owner/name").tensors("transformer", BLOCK)
+    assert "MB from owner/name" in capsys.readouterr().out
+
+
+def test_names_and_shapes_come_from_the_headers_alone(hub, wanted):
+    assert Checkpoint("owner/name").shapes("transformer") == {name: tuple(t.shape) for name, t in wanted.items()}
+    assert hub.sent_weights() == headers(hub.folder / "transformer")
+    assert Checkpoint("owner/name").shapes("vae") == {name: tuple(t.shape) for name, t in VAE.items()}
+
+
+def test_a_prefix_of_a_single_file_comes_by_byte_ranges(hub):
+    assert same(Checkpoint("owner/name").tensors("vae", "decoder."), starting(VAE, "decoder."))
+    assert hub.sent_weights() == headers(hub.folder / "vae") + 10
+
+
+def test_blocks_come_one_at_a_time(hub, wanted, capsys):
+    checkpoint, found, order, earlier, alive = Checkpoint("owner/name"), {}, [], [], []
+    fetch = Repository.fetch
+
+    def watched(self, file, start, stop):
+        alive.append(sum(tensor() is not None for tensor in earlier))
+        return fetch(self, file, start, stop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Repository, "fetch", watched)
+        for prefix, tensors in checkpoint.blocks("transformer"):
+            order.append(prefix)
+            found |= {name: tensor.clone() for name, tensor in tensors.items()}
+            earlier += [weakref.ref(tensor) for tensor in tensors.values()]
+            del tensors
+    assert order == ["", BLOCK, "transformer_blocks.1.", "transformer_blocks.2."]
+    assert same(found, wanted)
+    assert len(alive) >= len(wanted) and set(alive) == {0}, "a block was held while the next one came"
+    size = sum(tensor.nbytes for tensor in wanted.values())
+    assert hub.sent_weights() == headers(hub.folder / "transformer") + size
+    assert capsys.readouterr().out.count("MB from owner/name") == 1
+
+
+# Downloads
+
+
+def test_a_whole_component_equals_the_folder(hub, wanted, capsys):
+    module = Checkpoint("owner/name").load(QwenImageTransformer2DModel, "transformer")
+    assert same(module.state_dict(), wanted)
+    size = sum(tensor.nbytes for tensor in wanted.values())
+    assert f"transformer/*: {len(wanted)} tensors, {size / 1e6:.2f} MB from owner/name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae"])
+@pytest.mark.parametrize("how", ["no network", "HF_HUB_OFFLINE"])
+def test_what_was_downloaded_is_read_without_the_hub(hub, wanted, capsys, component, how, monkeypatch):
+    before = Checkpoint("owner/name").tensors(component)
+    sent = hub.sent_weights()
+    prefix = next(iter(before))[:12]
+    assert same(Checkpoint("owner/name").tensors(component, prefix), starting(before, prefix))
+    assert hub.sent_weights() == sent
+    hub.stop()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "HF_HUB_OFFLINE")
+    capsys.readouterr()
+    checkpoint = Checkpoint("owner/name")
+    assert same(checkpoint.tensors(component), before)
+    assert same({name: t for _, block in checkpoint.blocks(component) for name, t in block.items()}, before)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_download_that_breaks_off_is_no_file(hub):
+    name = "transformer/" + min(path.name for path in (hub.folder / "transformer").glob("*.safetensors"))
+    hub.fault = "cut off"
+    with pytest.raises((ConnectionError, OSError)):
+        Repository("owner/name").download(name)
+    hub.fault = None
+    assert Repository("owner/name").download(name).read_bytes() == (hub.folder / name).read_bytes()
+
+
+# What the hub does wrong
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("no ranges", "HTTP 200, no range, 0 bytes read; the server does not serve byte ranges"),
+        ("another range", "HTTP 206, bytes [0-9]+-.* 0 bytes read; "),
+        ("busy", "cannot read http://.*: HTTP 503, no range, 0 bytes read$"),
+        ("cut off", "cannot read http://.*: RemoteProtocolError: "),
+    ],
+)
+def test_an_answer_that_is_not_the_range_never_becomes_numbers(hub, wanted, fault, message):
+    checkpoint = Checkpoint("owner/name")
+    checkpoint.weight_map("transformer")  # the index comes whole, the weights do not
+    hub.fault = fault
+    with pytest.raises(ConnectionError, match=message):
+        checkpoint.tensors("transformer", BLOCK)
+    hub.fault = None  # and what came of it does no harm later
+    assert same(checkpoint.tensors("transformer", BLOCK), starting(wanted, BLOCK))
+
+
+@pytest.mark.parametrize("fault", ["busy", "cut off"])
+def test_a_hub_that_stumbles_is_asked_again(hub, wanted, fault):
+    checkpoint = Checkpoint("owner/name")
+    checkpoint.weight_map("transformer")
+    hub.fault, hub.times = fault, len(minqwen.hub.WAITS)
+    assert same(checkpoint.tensors("transformer", BLOCK), starting(wanted, BLOCK))
+
+
+@pytest.mark.parametrize("error", [TypeError("our own"), AttributeError("our own"), RuntimeError("our own")])
+def test_an_error_of_our_own_is_none_of_the_network(hub, monkeypatch, error):
+    def ask(url, start, stop):
+        asked.append(url)
+        raise error
+
+    asked = []
+    monkeypatch.setattr(minqwen.hub, "_ask", ask)
+    with pytest.raises(type(error), match="^our own$"):
+        Checkpoint("owner/name").tensors("vae", "decoder.")
+    assert len(asked) == 1
+    monkeypatch.setattr(minqwen.hub, "hf_hub_download", lambda *args, **kwargs: len(None))
+    with pytest.raises(TypeError, match="has no len"):
+        Checkpoint("owner/name").config("transformer/config.json")
+
+
+def test_a_download_that_its_own_library_breaks_off(hub, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("Data processing error: connection reset")  # as hf_xet says it
+
+    monkeypatch.setattr(minqwen.hub, "hf_hub_download", broken)
+    with pytest.raises(ConnectionError, match="download of vae/config.json of owner/name broke off.*run it again"):
+        Checkpoint("owner/name").config("vae/config.json")
+
+
+def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
+    hub.stop()
+    with pytest.raises(ConnectionError, match="cannot reach the hub for transformer/config.json of owner/name"):
+        Checkpoint("owner/name").load(QwenImageTransformer2DModel, "transformer")
+    with pytest.raises(ConnectionError, match=f"cannot read http://.*{STEM}, bytes 0 to 8: ConnectError"):
+        Repository("owner/name").table(f"vae/{STEM}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    close_session()  # the session of before does not know
+    with pytest.raises(ConnectionError, match="offline"):
+        Repository("owner/name").table(f"vae/{STEM}")
+
+
+def test_what_the_hub_does_not_have(hub):
+    with pytest.raises(FileNotFoundError, match="owner/other on the hub"):
+        Checkpoint("owner/other").config("model_index.json")
+    with pytest.raises(FileNotFoundError, match="owner/other on the hub"):
+        Checkpoint("owner/other").tensors("transformer", "proj_out.")
+    with pytest.raises(FileNotFoundError, match="owner/name has no text_encoder/config.json"):
+        Checkpoint("owner/name").load(QwenImageTransformer2DModel, "text_encoder")
+    with pytest.raises(FileNotFoundError, match="owner/name has no safetensors weights in text_encoder/"):
+        Checkpoint("owner/name").tensors("text_encoder", "model.")
+
+
+def test_damaged_files_are_refused(hub):
+    transformer = hub.folder / "transformer"
+    weight_map = json.loads((transformer / f"{STEM}.index.json").read_text())["weight_map"]
+    name = next(name for name in weight_map if name.startswith(BLOCK))
+    shard = transformer / weight_map[name]
+    pristine = shard.read_bytes()
+
+    def refused(change, message):
+        shard.write_bytes(pristine)
+        edit_header(shard, change)
+        with pytest.raises(ValueError, match=message):
+            Checkpoint("owner/name").tensors("transformer", BLOCK)
+
+    where = re.escape(f"owner/name/transformer/{shard.name}")
+    refused(lambda header: header.pop(name), f"{where} does not match its index.*{name}")
+    refused(lambda header: header[name].update(shape=[3]), f"{name}: .* bytes do not make")
+    refused(lambda header: header[name].update(shape=[-1, -1]), f"{name}: .* bytes do not make")
+    refused(lambda header: header[name].update(dtype="I3"), f"{name} is stored as I3")
+    refused(lambda header: header[name].pop("dtype"), f"{where} is not a safetensors file: its header is damaged")
+    refused(lambda header: header.update({name: 5}), f"{where} is not a safetensors file: its header is damaged")
+    shard.write_bytes(b"<html>Sign in to go on</html>" * 40)
+    with pytest.raises(ValueError, match=f"{where} is not a safetensors file"):
+        Checkpoint("owner/name").tensors("transformer", BLOCK)
