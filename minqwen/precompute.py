@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -355,4 +356,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console of Windows may lack a letter of a folder's name
     main()

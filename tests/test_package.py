@@ -10,15 +10,18 @@ import tokenize
 import tomllib
 from pathlib import Path
 
+import floors
 import pytest
+import timings
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "minqwen").rglob("*.py"))
+READMES = [path for place in ("", "notebooks/", "data/", "data/*/") for path in sorted(ROOT.glob(f"{place}README.md"))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 IMPORTED_AS = {"pillow": "PIL", "huggingface-hub": "huggingface_hub"}
 
-MOST_CODE_LINES = 2800
+MOST_LINES, MOST_IN_A_FILE, MOST_IN_A_FUNCTION = 2500, 250, 60  # of the library without its drawn world
 LARGEST_FILE = 16 * 2**20
 # Where somebody's files happened to lie when a notebook or a log was made.
 MACHINE_PATH = re.compile(
@@ -87,6 +90,12 @@ def test_the_yardsticks_are_pinned_and_torch_has_both_ends():
     assert ">=" in torch and "<=" in torch, "an open range pulls gigabytes of untested builds"
 
 
+def test_every_dependency_has_a_floor_and_tests_need_what_the_course_needs():
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    assert sorted(extras) == ["course", "test"] and "minqwen[course]" in extras["test"]
+    assert all("==" in floors.lowest(requirement) for requirement in floors.ALL)
+
+
 def test_environment_yml_is_thin():
     yaml = pytest.importorskip("yaml")
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
@@ -101,17 +110,19 @@ def test_environment_yml_is_thin():
 def test_ci_runs_what_a_reader_runs():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().splitlines()[-1] == "exec make test"
+    assert script.read_text(encoding="utf-8").splitlines()[-1] == "exec make test"
 
 
 # ---------------------------------------------------------------------------------------------------- README
 
 
-def test_what_the_readme_links_to_is_there():
-    links = re.findall(r"\]\(([^)\s]+)\)", README) + re.findall(r"(?:src|href)=\"([^\"]+)\"", README)
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.relative_to(ROOT).as_posix())
+def test_what_a_readme_links_to_is_there(path):
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
     local = [link.split("#")[0] for link in links if "://" not in link and not link.startswith(("#", "mailto:"))]
-    missing = [link for link in local if not (ROOT / link).exists()]
-    assert not missing, f"README.md links to {missing}"
+    missing = [link for link in local if not (path.parent / link).exists()]
+    assert not missing, f"{path} links to {missing}"
 
 
 def test_paths_that_the_readme_names_are_there():
@@ -122,9 +133,28 @@ def test_paths_that_the_readme_names_are_there():
 
 def test_the_file_guide_lists_every_file_once():
     guide = README.split("## The files")[1].split("\n## ")[0]
-    listed = re.findall(r"^\| \[`(\w+\.py)`\]\(minqwen/\1\)", guide, re.MULTILINE)
-    there = {path.relative_to(ROOT / "minqwen").as_posix() for path in LIBRARY} - {"__init__.py"}
+    listed = re.findall(r"^\| \[`(\w+(?:\.py|/))`\]\(minqwen/\1\)", guide, re.MULTILINE)
+    places = [path.relative_to(ROOT / "minqwen") for path in LIBRARY]  # of a package, its folder
+    there = {place.name if len(place.parts) == 1 else f"{place.parts[0]}/" for place in places} - {"__init__.py"}
     assert sorted(listed) == sorted(there)
+
+
+def test_make_help_and_the_readme_name_what_make_does():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    for target in set(targets) - {"help", "setup", "setup-test"}:
+        assert f'@echo "make {target} ' in makefile, f"make help does not say what make {target} does"
+    assert set(re.findall(r"`make (\w+)`", README)) <= set(targets)
+
+
+def test_the_timings_have_their_place_in_the_readme():
+    costs = {"01": (11.0, 0.5), "06": (50.0, 1.4), "10": (95.0, 0.9)}
+    lines = timings.table(0.23, costs, {"test": 500.0})
+    assert "| 0.2 s |" in lines and "11 s (01) to 95 s (10), all together 3 minutes" in lines
+    assert "0.5 GB (01) to 1.4 GB (06)" in lines and "`make test`, once everything is installed | 8 minutes |" in lines
+    assert lines in timings.written(README, lines)
+    with pytest.raises(ValueError, match="once each"):
+        timings.written(README + timings.END, lines)
 
 
 def test_nothing_is_left_to_fill_in():
@@ -167,10 +197,22 @@ def test_no_path_of_one_machine_is_left_in_a_text_file():
 
 
 def test_the_library_is_small_enough_to_read(capsys):
-    lines = {path.name: code_lines(path.read_text(encoding="utf-8")) for path in LIBRARY}
+    lines = {path.relative_to(ROOT / "minqwen"): code_lines(path.read_text(encoding="utf-8")) for path in LIBRARY}
+    world = sum(count for path, count in lines.items() if path.parts[0] == "world")
+    total = sum(lines.values()) - world
     with capsys.disabled():
-        print(f"\nminqwen: {sum(lines.values())} lines of code in {len(lines)} files")
-    assert sum(lines.values()) <= MOST_CODE_LINES, lines
+        print(f"\nminqwen: {total} lines of code in {len(lines)} files, and {world} of the drawn world")
+    assert total <= MOST_LINES, lines
+    assert not {path: count for path, count in lines.items() if count > MOST_IN_A_FILE}
+
+
+def test_no_function_of_the_library_is_long():
+    long = []
+    for path in LIBRARY:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MOST_IN_A_FUNCTION:
+                long.append(f"{path.name}: {node.name}, {node.end_lineno - node.lineno + 1} lines")
+    assert not long, long
 
 
 def test_lines_of_code_are_counted_without_words():
