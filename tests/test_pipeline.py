@@ -115,22 +115,25 @@ def test_the_starting_noise_equals_diffusers(pipe):
     assert levels(pipe.generate("a star", generator=make(), **options, progress=False), want) <= 1
 
 
+@pytest.mark.slow
 def test_bf16_pictures_are_no_further_from_the_truth_than_the_references(pipe):
-    """Geometric mean over drawings, measured 0.86: a single one's ratio spreads from 0.3 to 3, so 32 have 10 % slack.
+    """Geometric mean over 8 drawings of two steps: 0.79 measured, 0.88 with the next 8 seeds.
 
+    The ratio of one drawing spreads by a factor of 1.3, so that of 8 by 1.1, and the bound is four such factors away
+    (kernels round differently from one processor to the next). A velocity that keeps 5 bits instead of 8 gives 1.6.
     diffusers draws its noise in bf16, so both get the same latents.
     """
     ours = QwenImagePipeline.from_pretrained(TINY, device="cpu", dtype=torch.bfloat16)
     reference = drawing_pipeline(TINY, dtype=torch.bfloat16)
     ratios = []
-    for seed in range(32):
+    for seed in range(8):
         latents = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
-        options = {"width": 64, "height": 64, "true_cfg_scale": 2.0, "num_inference_steps": 8, "latents": latents}
+        options = {"width": 64, "height": 64, "true_cfg_scale": 2.0, "num_inference_steps": 2, "latents": latents}
         want = reference(PROMPTS[0], negative_prompt=" ", **options).images[0]
         options |= {"latents": latents.float(), "progress": False}
         truth, mine = (np.asarray(p.generate(PROMPTS[0], **options), float) for p in (pipe, ours))
         ratios.append(np.square(mine - truth).mean() / np.square(np.asarray(want, float) - truth).mean())
-    assert np.exp(np.log(ratios).mean()) <= 1.1
+    assert np.exp(np.log(ratios).mean()) <= 1.2
 
 
 def test_one_step_works(pipe):

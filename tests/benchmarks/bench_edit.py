@@ -1,20 +1,14 @@
 """A whole guided edit of data/tiny, 20 steps, against diffusers on the same weights, latents and machine.
 
-python tests/benchmarks/bench_edit.py --repeats 5
-pytest tests/benchmarks/bench_edit.py -s
+    pytest tests/benchmarks/bench_edit.py -s
 """
 
-import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reference_pipelines import edit_pipeline
 
 from minqwen.pipeline import QwenImagePipeline
@@ -54,10 +48,3 @@ def test_an_edit_is_at_least_one_and_a_half_times_as_fast(monkeypatch):
     ours, theirs = measure(5, monkeypatch)
     assert theirs / ours >= 1.5
     assert ours < 3
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    with pytest.MonkeyPatch.context() as patch:
-        measure(parser.parse_args().repeats, patch)
