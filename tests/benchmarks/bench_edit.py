@@ -1,6 +1,6 @@
 """A whole guided edit of data/tiny, 20 steps, against diffusers on the same weights, latents and machine.
 
-    pytest tests/benchmarks/bench_edit.py -s
+pytest tests/benchmarks/bench_edit.py -s
 """
 
 import statistics
