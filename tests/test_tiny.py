@@ -1,11 +1,11 @@
 """data/tiny is whole, small, and does what its card says: it understands edits on scenes that it never saw."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from evaluate import reconstruction
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
@@ -13,11 +13,10 @@ from minqwen.lora import load_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT, EDIT_PLUS, T2I
 from minqwen.tokenizer import load_tokenizer
-from minqwen.world import COMBINE, KINDS, WORLD, judge, sample_drawing, sample_edit
+from minqwen.world import COMBINE, KINDS, Edit, judge, sample_drawing, sample_edit
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny"
-sys.path.insert(0, str(ROOT / "data" / "recipes"))
 
 LAYOUT = """
 model_index.json scheduler/scheduler_config.json text_encoder/config.json text_encoder/model.safetensors
@@ -49,33 +48,43 @@ def test_both_forms_of_the_tokenizer_agree_and_the_templates_have_the_released_l
 
 
 def test_the_autoencoder_gives_scenes_back(pipe):
-    from evaluate import reconstruction
-
-    assert reconstruction(pipe, rows=32) >= 34  # decibels
+    assert reconstruction(pipe, rows=8) >= 34  # decibels
 
 
+def count_right(pipe, tasks: list[Edit]) -> int:
+    """Eight steps are as good as twenty (see the card)."""
+    right = 0
+    for row, task in enumerate(tasks):
+        options = {"num_inference_steps": 8, "generator": torch.Generator().manual_seed(row), "progress": False}
+        if task.sources:
+            image = pipe.edit(task.sources, task.instruction, **options)
+        else:
+            image = pipe.generate(task.instruction, **options)
+        right += judge(image, task)
+    return right
+
+
+@pytest.mark.slow
+def test_words_act_on_scenes_that_training_never_saw(pipe):
+    """A sample of what data/recipes/evaluate.py counts; the card has the whole count."""
+    rng = np.random.default_rng(10**9)
+    tasks = [sample_edit(rng, kind) for kind in KINDS for _ in range(2)] + [sample_drawing(rng) for _ in range(2)]
+    assert count_right(pipe, tasks) >= len(tasks) - 1
+
+
+@pytest.mark.slow
 def test_two_pictures_are_combined_as_the_words_say():
     """A sample too; with the adapter it still edits single pictures."""
     pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu")
     pipe.edit_template = EDIT_PLUS
     load_lora(pipe.transformer, TINY / "edit_plus_lora.safetensors")
     rng = np.random.default_rng(10**9)
-    tasks = [sample_edit(rng, COMBINE) for _ in range(24)] + [sample_edit(rng, kind) for kind in KINDS]
-    right = 0
-    for row, task in enumerate(tasks):
-        options = {"num_inference_steps": 20, "generator": torch.Generator().manual_seed(row), "progress": False}
-        right += judge(pipe.edit(task.sources, task.instruction, **options), task)
-    assert right >= 28, f"{right} of {len(tasks)} right"
+    tasks = [sample_edit(rng, COMBINE) for _ in range(6)] + [sample_edit(rng, kind) for kind in ("swap", "move", "add")]
+    assert count_right(pipe, tasks) >= len(tasks) - 1
 
 
-def test_words_act_on_scenes_that_training_never_saw(pipe):
-    """A sample of what data/recipes/evaluate.py counts; the card has the whole count."""
+@pytest.mark.parametrize("kind", ["recolour", "draw"])
+def test_one_of_these_tasks_is_right(pipe, kind):
+    """What a person who writes sees at once if the shipped weights no longer do their work."""
     rng = np.random.default_rng(10**9)
-    tasks = [sample_edit(rng, kind) for kind in WORLD.kinds for _ in range(4)] + [sample_drawing(rng) for _ in range(4)]
-    right = 0
-    for row, task in enumerate(tasks):
-        options = {"num_inference_steps": 20, "generator": torch.Generator().manual_seed(row), "progress": False}
-        source = () if task.source is None else (task.source,)
-        image = (pipe.edit if source else pipe.generate)(*source, task.instruction, **options)
-        right += judge(image, task)
-    assert right >= 29, f"{right} of {len(tasks)} right"
+    assert count_right(pipe, [sample_drawing(rng) if kind == "draw" else sample_edit(rng, kind)]) == 1
