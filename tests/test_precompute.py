@@ -485,7 +485,6 @@ def test_the_transformers_files_are_not_even_looked_for(tmp_path, data):
 # ------------------------------------------------------------------------------------------------ interruptions
 
 
-
 @pytest.fixture
 def quick(pipe, data, monkeypatch):
     """Two samples, and a made-up encoder: what is tried here are the files. Returns its list of calls."""
