@@ -105,7 +105,9 @@ class QwenImagePipeline:
             raise ValueError(f"without {sorted(unknown)}: only {', '.join(PARTS)} can be left out")
         checkpoint = Checkpoint(path_or_repo)
         index = checkpoint.config("model_index.json")
-        template = _edit_template(index, checkpoint.source)
+        if (family := index.get("_class_name")) not in FAMILIES:
+            raise ValueError(f"{checkpoint.source} is made for {family}; minqwen computes {', '.join(FAMILIES)}")
+        template = FAMILIES[family]
         tokenizer = load_tokenizer(checkpoint.folder_of("tokenizer", TOKENIZER_FILES))
         settings = {}
         if template is not None:
@@ -154,10 +156,8 @@ class QwenImagePipeline:
         callback(step, sigma, latents, velocity) runs after each prediction, with the packed latents it was made on.
         Raises ValueError for sizes or latents that do not fit, FloatingPointError when the numbers overflow.
         """
-        return self._paint(
-            [], None, prompt, width, height, negative_prompt, true_cfg_scale, num_inference_steps, generator, latents,
-            callback, progress,
-        )  # fmt: skip
+        walk = (num_inference_steps, generator, latents, callback, progress)
+        return self._paint([], None, prompt, width, height, negative_prompt, true_cfg_scale, *walk)
 
     def edit(
         self,
@@ -186,10 +186,8 @@ class QwenImagePipeline:
             raise ValueError("there is no picture to edit; to draw from words alone, use generate")
         if self.edit_template is EDIT and len(images) > 1:
             raise ValueError(f"this checkpoint edits one picture, got {len(images)}; several need Edit-2509 or -2511")
-        return self._paint(
-            images, area, prompt, width, height, negative_prompt, true_cfg_scale, num_inference_steps, generator,
-            latents, callback, progress,
-        )  # fmt: skip
+        walk = (num_inference_steps, generator, latents, callback, progress)
+        return self._paint(images, area, prompt, width, height, negative_prompt, true_cfg_scale, *walk)
 
     def _paint(
         self, images, area, prompt, width, height, negative_prompt, true_cfg_scale, steps, generator, latents,
@@ -246,9 +244,7 @@ class QwenImagePipeline:
 
         return velocity
 
-    def resize_references(
-        self, images: list[Image.Image], area: int | None = None
-    ) -> tuple[list[Image.Image], list[Image.Image]]:
+    def resize_references(self, images: list, area: int | None = None) -> tuple[list, list]:
         """Two copies of each RGB picture: the reference, and what the text encoder looks at.
 
         References have the working size of `area` pixels. Edit-2509 and -2511 look at smaller copies, resized from
@@ -325,16 +321,6 @@ def _expect_finite(flags: list[torch.Tensor]) -> None:
     if not flags.all():
         step = flags.tolist().index(False)
         raise FloatingPointError(f"step {step}: numbers are no longer finite; try dtype=torch.float32")
-
-
-def _edit_template(index: dict, source: str):
-    family = index.get("_class_name")
-    if family not in FAMILIES:
-        raise ValueError(
-            f"{source} is made for {family}, which minqwen does not compute; it runs Qwen-Image, Qwen-Image-2512, "
-            "Qwen-Image-Edit, -Edit-2509 and -Edit-2511"
-        )
-    return FAMILIES[family]
 
 
 def _resize_to(area: int, image: Image.Image) -> Image.Image:
