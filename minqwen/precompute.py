@@ -326,8 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
         prog="python -m minqwen.precompute",
-        description="Compute embeddings and latents of a training set once and keep them on disk. Interrupted, run it "
-        "again: it goes on. After a change of pictures, captions, model or size, only what changed is computed.",
+        description="Encode a training set once and keep it on disk. Run again, it goes on: only what is new is encoded.",
     )
     add = parser.add_argument
     add("images", metavar="IMAGES", help="folder of target pictures (.png .jpg .jpeg .webp) with .txt captions beside")
@@ -347,8 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
         pipe = QwenImagePipeline.from_pretrained(args.model, args.device, dtype, without="transformer")
         done = _precompute(pipe, sources, args.cache, args.area or pipe.area, not args.quiet, args.prune)
     except (ValueError, OSError, KeyboardInterrupt) as error:
-        stopped = "interrupted; run it again to go on" if isinstance(error, KeyboardInterrupt) else error
-        raise SystemExit(f"precompute: {stopped}") from None
+        raise SystemExit(f"precompute: {str(error) or 'interrupted; run it again to go on'}") from None
     size = sum(file.stat().st_size for file in set(done.kept)) / 1e6
     print(f"{len(done)} samples in {args.cache}: {done.computed} computed, {done.reused} reused, {size:.1f} MB")
     if others := set(Path(args.cache).glob("*.safetensors")) - set(done.kept):

@@ -714,6 +714,15 @@ def test_the_command_looks_at_the_data_before_it_loads_a_model(data):
         command(data / "gone", "--cache", data / "cache")
 
 
+def test_an_interrupted_command_says_how_to_go_on(data, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(library, "encode_sample", interrupted)
+    with pytest.raises(SystemExit, match="precompute: interrupted; run it again to go on"):
+        command(data / "images", "--cache", data / "cache", "--model", TINY, "--device", "cpu", "--quiet")
+
+
 def test_help_runs_as_a_module(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["precompute", "--help"])
     with pytest.raises(SystemExit) as ended:
