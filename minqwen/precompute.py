@@ -326,7 +326,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
         prog="python -m minqwen.precompute",
-        description="Encode a training set once and keep it on disk. Run again, it goes on: only what is new is encoded.",
+        description="Encode a training set once and keep it on disk. Run again, it goes on and encodes what is new.",
     )
     add = parser.add_argument
     add("images", metavar="IMAGES", help="folder of target pictures (.png .jpg .jpeg .webp) with .txt captions beside")
