@@ -54,8 +54,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _seeded(request):
+def _seeded():
     torch.manual_seed(SEED)
+    yield
+    assert torch.is_grad_enabled(), "this test leaves gradients off, for all that follow"
 
 
 @pytest.fixture

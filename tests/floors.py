@@ -70,7 +70,7 @@ def run(step: str, folder: Path, pytest_args: list[str]) -> bool:
     shown = f"from importlib.metadata import version; print(*(f'{{n}} {{version(n)}}' for n in {names}), sep=', ')"
     if step != "lowest":  # where three are missing by intention
         subprocess.run([python, "-c", shown], check=True)
-    tests = [python, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", "-m", "not slow", *pytest_args]
+    tests = [python, "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-m", "not slow", *pytest_args]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the project itself is not installed
     return subprocess.run(tests, cwd=ROOT, env=environment).returncode == 0
 
