@@ -24,7 +24,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS, TINY = ROOT / "notebooks", ROOT / "data" / "tiny"
 CONFIG = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 128, "joint_attention_dim": 48}
-VAE = {"base_dim": 12, "num_res_blocks": 1}
+VAE = {"base_dim": 4, "num_res_blocks": 1}
 TEXT = {  # two layers of the released kind: grouped heads, three sections of rotary positions
     "text_config": {
         "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,6 +37,7 @@ TEXT = {  # two layers of the released kind: grouped heads, three sections of ro
     },
     "image_token_id": 9, "video_token_id": 8, "vision_start_token_id": 7, "vision_end_token_id": 6,
 }  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # matplotlib's, of NumPy
 CHAPTERS = sorted(path for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb") if path.name[:2] in tools.SHOWN)
 
 
@@ -57,18 +58,29 @@ def released(tmp_path_factory):
 
 @pytest.fixture
 def hub(released, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINQWEN_TIER", "slice")
+    monkeypatch.setenv("MINQWEN_MODEL", "owner/name")
     with serving(released) as hub:
         ask_only(hub, tmp_path / "cache", monkeypatch)
         yield hub
 
 
 @pytest.fixture
-def one_thread():
-    """Sums in one order whatever else the machine does, so that a chapter's 1e-5 is met always or never."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+def chapter(monkeypatch):
+    """A namespace to run a chapter in, which leaves nothing behind."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.chdir(NOTEBOOKS)
+    course, threads = sys.modules.pop("course", None), torch.get_num_threads()  # course reads the tier when imported
+    torch.set_num_threads(1)  # sums in one order whatever else the machine does: 1e-5 is met always or never
+    chapter = types.ModuleType("chapter")
+    monkeypatch.setitem(sys.modules, "chapter", chapter)
+    yield chapter
+    torch.set_grad_enabled(True)
     torch.set_num_threads(threads)
+    sys.modules["matplotlib.pyplot"].close("all")
+    del sys.modules["course"]
+    if course is not None:
+        sys.modules["course"] = course
 
 
 def slice_code(path: Path) -> str:
@@ -85,16 +97,8 @@ def slice_code(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_a_chapters_slice_is_read_by_byte_range(path, hub, one_thread, monkeypatch, capsys):
-    monkeypatch.setenv("MINQWEN_TIER", "slice")
-    monkeypatch.setenv("MINQWEN_MODEL", "owner/name")
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    monkeypatch.chdir(NOTEBOOKS)
-    monkeypatch.delitem(sys.modules, "course", raising=False)  # it reads the tier when it is imported
-    chapter = types.ModuleType("chapter")
-    monkeypatch.setitem(sys.modules, "chapter", chapter)
+def test_a_chapters_slice_is_read_by_byte_range(path, hub, chapter, capsys):
     exec(compile(slice_code(path), path.name, "exec"), vars(chapter))
-    sys.modules["matplotlib.pyplot"].close("all")
     assert "tier slice" in capsys.readouterr().out
     stored = sum(file.stat().st_size for file in hub.folder.rglob("*.safetensors"))
     assert 0 < chapter.checkpoint.fetched < stored
