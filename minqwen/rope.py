@@ -13,6 +13,10 @@ Matches diffusers' QwenEmbedRope and apply_rotary_emb_qwen (tests/test_rope.py).
 import torch
 from torch import nn
 
+# MKL picks its code at the first call: where several threads made it at once, some got cosines wrong by 1e-4 (1 start
+# in 300, measured). So the first call is made here, by one.
+torch.zeros(1, device="cpu").cos()
+
 Rotary = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # complex (N, D/2), or cosine and sine of that shape
 
 

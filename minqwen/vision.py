@@ -24,6 +24,8 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
 
+torch.zeros(1, device="cpu").cos()  # by one thread first: rope.py says why
+
 PREPROCESSING = {"resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
 Runs = list[tuple[int, int]]  # consecutive groups of equal length: (how many, tokens in each)
 
