@@ -246,6 +246,7 @@ def test_the_log_has_a_row_for_every_sample(tmp_path):
     log = finetune(small_pipe(), small_set(5), tmp_path, steps=7, **QUICK)
     assert len(log) == 5 + 5 + 2 and [r.step for r in log] == sorted(r.step for r in log) and log[-1].step == 6
     assert all(0 <= r.sigma <= 1 and math.isfinite(r.loss) for r in log)
+    assert len({r.sigma for r in log}) == len(log), "each sample of each step has a noise level of its own"
     with open(tmp_path / LOG) as file:
         rows = [Row(int(step), float(sigma), float(loss)) for step, sigma, loss in list(csv.reader(file))[1:]]
     assert rows == log

@@ -138,6 +138,20 @@ def test_stopped_anywhere_in_a_save_it_goes_on_with_the_same_numbers(tmp_path, m
     assert deaths >= 1 and outcome(run) == outcome(whole)
 
 
+def test_a_file_that_is_half_written_is_never_the_runs_own(tmp_path, monkeypatch):
+    def dies(what, path):
+        Path(path).write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    run, _ = a_run(tmp_path)
+    train(run, 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", dies)
+        train(run, 3)
+    again, _ = a_run(tmp_path)
+    assert again.resume() and again.step == 2
+
+
 def test_a_run_with_other_settings_is_refused_and_they_are_named(tmp_path):
     run, _ = a_run(tmp_path, old=1)
     run.save()
