@@ -36,10 +36,7 @@ def get_timestep_embedding(
         raise ValueError(f"timesteps must have shape (B,), got {tuple(timesteps.shape)}")
     half_dim = embedding_dim // 2
     if half_dim <= downscale_freq_shift:
-        raise ValueError(
-            f"embedding_dim // 2 = {half_dim} must exceed downscale_freq_shift = {downscale_freq_shift}; "
-            "take a larger embedding_dim"
-        )
+        raise ValueError(f"embedding_dim {embedding_dim} is too small: half of it must exceed {downscale_freq_shift}")
     k = torch.arange(half_dim, dtype=torch.float32, device=timesteps.device)
     freqs = torch.exp(-math.log(max_period) * k / (half_dim - downscale_freq_shift))
     angles = scale * (timesteps[:, None].float() * freqs)  # (B, half_dim)

@@ -162,8 +162,7 @@ def _common_shapes(hidden_states: torch.Tensor, img_shapes) -> list[tuple[int, i
     first, *others = [[sample] if isinstance(sample, tuple) else list(sample) for sample in img_shapes]
     if any(sample != first for sample in others):
         raise ValueError(f"all samples of a batch need the same image shapes, got {img_shapes}")
-    if sum(map(prod, first)) != hidden_states.shape[1]:
-        raise ValueError(
-            f"img_shapes {first} make {sum(map(prod, first))} tokens, hidden_states has {hidden_states.shape[1]}"
-        )
+    tokens = sum(map(prod, first))
+    if tokens != hidden_states.shape[1]:
+        raise ValueError(f"img_shapes {first} make {tokens} tokens, hidden_states has {hidden_states.shape[1]}")
     return first
