@@ -1,18 +1,22 @@
-"""What the training recipes share: pictures as tensors, a CSV log, checkpoints that resume."""
+"""What the training recipes share: pictures as tensors, chance that resumes, the log's lines, an optimiser."""
 
-import csv
+import argparse
 import json
-import os
-import time
-from pathlib import Path
+import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from minqwen.run import Run
 from minqwen.world import Scene, draw_array
 
+# Options that may differ when a run goes on; with any other one changed it would be another run.
+FREE = ("steps", "checkpoint", "runs", "out", "device", "compile", "check_every", "save_every")
 
-def pictures(scenes: list[Scene]) -> torch.Tensor:
+
+def pictures(scenes: list[Scene]) -> Tensor:
     """Scenes -> (B, 3, 1, 64, 64) in [-1, 1]."""
     array = np.stack([draw_array(scene) for scene in scenes])
     return torch.from_numpy(array).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
@@ -23,50 +27,62 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-class Log:
-    """A line of numbers on the screen and in a CSV file, which a resumed run continues."""
-
-    def __init__(self, path: Path, fields: list[str]):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.fields = path, fields
-        if not path.exists():
-            path.write_text(",".join(fields) + "\n")
-
-    def __call__(self, **numbers) -> None:
-        row = {k: round(v, 4) if isinstance(v, float) else v for k, v in numbers.items()}
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.fields).writerow(row)
-        print(" ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+def settings(args: argparse.Namespace) -> dict:
+    """The options that a run keeps when it goes on."""
+    return {name: value for name, value in vars(args).items() if name not in FREE}
 
 
-class Run:
-    """Everything that a training run must remember to go on exactly where it stopped."""
+def note(run: Run, **numbers: float) -> None:
+    """A line for the log, with what was not measured left empty; it is said on the screen too."""
+    numbers = {name: round(value, 4) if isinstance(value, float) else value for name, value in numbers.items()}
+    run.rows.append(tuple(numbers.get(field) for field in run.fields))
+    print(" ".join(f"{name} {value}" for name, value in numbers.items()), flush=True)
 
-    def __init__(self, path: Path, modules: dict, rng: np.random.Generator):
-        self.path, self.modules, self.rng = path, modules, rng
-        self.step, self.seconds, self._started = 0, 0.0, time.time()
 
-    def elapsed(self) -> float:
-        """Seconds of training, earlier starts counted in."""
-        return self.seconds + time.time() - self._started
+class Chance:
+    """The two sources of chance of a training, torch's own generator and one of numpy, as a part of its Run."""
 
-    def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        state = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"step": self.step, "seconds": self.elapsed(), "torch": torch.get_rng_state()}
-        state["numpy"] = json.dumps(self.rng.bit_generator.state)
-        torch.save(state, self.path.with_suffix(".tmp"))
-        os.replace(self.path.with_suffix(".tmp"), self.path)  # never half a checkpoint
+    def __init__(self, rng: np.random.Generator):
+        self.rng = rng
 
-    def resume(self) -> bool:
-        if not self.path.exists():
-            return False
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        for name, module in self.modules.items():
-            module.load_state_dict(state[name])
-        self.step, self.seconds = state["step"], state["seconds"]
+    def state_dict(self) -> dict:
+        return {"torch": torch.get_rng_state(), "numpy": json.dumps(self.rng.bit_generator.state)}
+
+    def load_state_dict(self, state: dict) -> None:
         torch.set_rng_state(state["torch"])
         self.rng.bit_generator.state = json.loads(state["numpy"])
-        self._started = time.time()
-        print(f"resumed {self.path.name} at step {self.step}, {self.seconds / 60:.1f} minutes in", flush=True)
-        return True
+
+
+class Muon(torch.optim.Optimizer):
+    """Moves a matrix along its momentum, turned into the nearest orthogonal matrix: every direction equally far.
+
+    The step is as long as AdamW's would be. It is torch.optim.Muon (new in torch 2.9) with match_rms_adamw and no
+    weight decay, but for one thing: that one rounds to bfloat16, which a CPU without units for it computes at a
+    fraction of the speed. Sources: Jordan et al. 2024, Muon; Liu et al. 2025, Muon is scalable for LLM training.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+                ahead = matrix.grad.lerp(state["momentum_buffer"], group["momentum"])  # as Nesterov does
+                matrix.sub_(orthogonal(ahead), alpha=0.2 * math.sqrt(max(matrix.shape)) * group["lr"])
+
+
+def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The matrix with its singular values all brought near 1, by Newton and Schulz's iteration."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return x if wide is matrix else x.T

@@ -10,7 +10,7 @@ COLUMNS = ("recolour", "remove", "add", "background", "shape", "move", "swap", "
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 

@@ -123,5 +123,5 @@ if __name__ == "__main__":
     }
     print(json.dumps(line))
     if args.out:
-        with args.out.open("a") as file:
+        with args.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -12,6 +12,7 @@ from make_tokenizer import build, save
 from safetensors.torch import save_file
 from train_transformer import TRANSFORMER, load_vae, text_config
 
+from minqwen.run import read_state
 from minqwen.vae import AutoencoderKLQwenImage
 
 DIFFUSERS = "0.34.0.dev0"  # the version that the released files name
@@ -67,7 +68,7 @@ MODEL_INDEX = {
 
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -83,14 +84,14 @@ def export(folder: Path, runs: Path = Path("runs")) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / "model_index.json", MODEL_INDEX)
 
-    config = json.loads((runs / "vae_config.json").read_text())
+    config = json.loads((runs / "vae_config.json").read_text(encoding="utf-8"))
     released = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "dropout": 0.0,
                 "temperal_downsample": [False, True, True]}  # fmt: skip
     config = {"_class_name": AutoencoderKLQwenImage.__name__, "_diffusers_version": DIFFUSERS} | config | released
     write_json(folder / "vae" / "config.json", config)
     write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", load_vae(runs, decoder=True).state_dict())
 
-    average = torch.load(runs / "transformer_full.pt", map_location="cpu", weights_only=True)["average"]
+    average = read_state(runs / "transformer_full.pt")["parts"]["average"]
     parts = {"transformer": {}, "text_encoder": {}}
     for name, tensor in average.items():
         component, _, name = name.partition(".")

@@ -7,6 +7,7 @@ be stopped at any moment and started again: what is done is not done twice, and 
 import argparse
 import contextlib
 import io
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -72,8 +73,9 @@ def make(args: argparse.Namespace) -> None:
             print(f"{phase}: done before", flush=True)
             continue
         more = ["--compile"] if args.compile else []
-        if args.share < 0.1 and module is not train_vae:
-            more += ["--pool", "2", "--check-every", "0"]
+        if args.share < 0.1 and module is not train_vae:  # a trial: pools that are not longer than the phase
+            pool = min(8, math.ceil(steps[phase] / 2))
+            more += ["--pool", str(pool), "--reuse", "2", "--check-every", "0"]
         train(module, phase, steps[phase], args.runs, args.out, args.device, *more)
         done.touch()
     print(f"Wrote {args.out}; the logs are in {args.runs}.")

@@ -74,7 +74,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         ("added_tokens.json", ids),
         ("special_tokens_map.json", special),
     ]:
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

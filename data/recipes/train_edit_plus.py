@@ -13,97 +13,79 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Log, Run
+from common import Chance, note, settings
 from torch import Tensor, nn
-from torch.func import functional_call
-from tqdm import tqdm
 from train_transformer import (
     accuracy,
     add_options,
     chatty,
-    encode_prompts,
     encoder,
-    loss_of,
-    make_batch,
+    from_pools,
+    is_due,
+    make_tasks,
     rate_share,
-    shuffled,
     step,
+    weighted_loss,
+    with_words,
 )
 
-from minqwen.lora import adapters, add_lora, merge_lora, save_lora
+from minqwen.finetune import Batch
+from minqwen.lora import add_lora, save_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS
+from minqwen.run import Run
 from minqwen.world import COMBINE, KINDS, WORLD, sample_edit
 
 STEPS = {"edit_plus": 3840}
-ALONE = 0.25  # the share of batches that edit one picture
+SINGLE = 0.25  # the share of batches that edit one picture
 TARGETS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out net.0.proj net.2".split()
 FILE = "edit_plus_lora.safetensors"
-
-
-class Merged(nn.Module):
-    """A model with the adapters of another one added into its weights, anew in each pass: W + BA, one sum a layer."""
-
-    def __init__(self, plain: nn.Module, adapted: nn.Module):
-        super().__init__()
-        self.plain, self.layers = plain, adapters(adapted)
-
-    def forward(self, *inputs) -> Tensor:
-        weights = {
-            f"{name}.weight": layer.weight + layer.scale * (layer.lora_B.weight @ layer.lora_A.weight)
-            for name, layer in self.layers.items()
-        }
-        return functional_call(self.plain, weights, inputs)
 
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     pipe = QwenImagePipeline.from_pretrained(args.checkpoint, device=args.device, dtype=torch.float32)
-    tokenizer, vae = pipe.tokenizer, pipe.vae
-    net = nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder}).requires_grad_(False)
-    trained = add_lora(net["transformer"], args.rank, targets=TARGETS)
-    average = copy.deepcopy(net["transformer"]).requires_grad_(False)
-    averaged = nn.ModuleDict({"transformer": average, "text_encoder": pipe.text_encoder})
+    transformer, text_encoder = pipe.transformer, pipe.text_encoder.requires_grad_(False)
+    trained = add_lora(transformer, args.rank, targets=TARGETS)
+    average = copy.deepcopy(transformer).requires_grad_(False)
+    averaged = nn.ModuleDict({"transformer": average, "text_encoder": text_encoder})
     means = [mean for name, mean in average.named_parameters() if ".lora_" in name]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    run = Run(args.runs / "edit_plus.pt", {"net": net, "average": average, "optimizer": optimizer}, rng)
+    opts = {"adamw": torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)}
+    parts = {"transformer": transformer, "average": average, "chance": Chance(rng)} | opts
+    fields = ("minutes", "samples", "loss", COMBINE, *KINDS)
+    state = args.runs / "edit_plus.pt"
+    run = Run(state, args.runs / "log_edit_plus.csv", fields, parts, settings(args))
     run.resume()
-    kinds = (COMBINE, *KINDS)
-    log = Log(args.runs / "log_edit_plus.csv", ["minutes", "samples", "loss", *kinds])
-    encode = encoder(vae, args)
-    plain = copy.deepcopy(pipe.transformer)
-    merge_lora(plain)  # for its form alone: `Merged` puts other weights in their place in each pass
+    encode = encoder(pipe.vae, args)
     if args.compile:
-        plain.compile(dynamic=True)
-    merged = nn.ModuleDict({"transformer": Merged(plain, net["transformer"]), "text_encoder": pipe.text_encoder})
+        transformer.compile(dynamic=True)
+    losses = []
 
-    def sample():
-        kind = None if rng.random() < ALONE else COMBINE
+    @torch.no_grad()
+    def sample() -> tuple[Batch, Tensor]:
+        kind = None if rng.random() < SINGLE else COMBINE
         edits = [sample_edit(rng, kind) for _ in range(args.batch)]
         noisy = rng.random() < 0.2
         words = [chatty(rng, e.instruction) if noisy else e.instruction for e in edits]
         prompts = [" " if drop else text for text, drop in zip(words, rng.random(args.batch) < 0.1, strict=True)]
-        batch = make_batch(edits, prompts, tokenizer, encode, EDIT_PLUS).to(args.device)
-        with torch.no_grad():
-            return batch, encode_prompts(net["text_encoder"], batch.tokens)
+        tasks = make_tasks(edits, prompts, pipe.tokenizer, encode, EDIT_PLUS).to(args.device)
+        return with_words(text_encoder, tasks), tasks.changed
 
-    bar = tqdm(total=args.steps, initial=run.step, desc="adapter for two pictures", disable=None)
-    while run.step < args.steps:
-        pool, losses = [sample() for _ in range(args.pool)], []
-        for index in shuffled(rng, args):
-            loss = loss_of(merged, *pool[index], args.shift, args.changed_weight)
-            rate = args.lr * rate_share(run.step, args.steps, 1, 0.5)
-            step(run, loss, rate, trained, means, {"adamw": optimizer}, args.average)
-            losses.append(loss.item())
-            bar.update()
-        run.save()  # a pool is the unit of resumption
-        pools, right = run.step // (args.pool * args.reuse), {}
-        if args.check_every and (pools % args.check_every == 0 or run.step >= args.steps):
-            sheet = run.path.with_suffix(".png")
-            right = accuracy(averaged, vae, kinds, WORLD, tokenizer, encode, sheet, args.device, EDIT_PLUS)
-        log(minutes=run.elapsed() / 60, samples=run.step * args.batch, loss=float(np.mean(losses)), **right)
-    bar.close()
+    def finish() -> None:
+        right = {}
+        if is_due(run, args.steps, args):
+            kinds, sheet = (COMBINE, *KINDS), state.with_suffix(".png")
+            right = accuracy(averaged, pipe.vae, kinds, WORLD, pipe.tokenizer, encode, sheet, args.device, EDIT_PLUS)
+        note(run, minutes=run.elapsed() / 60, samples=run.step * args.batch, loss=float(np.mean(losses)), **right)
+        run.save()
+        losses.clear()
+
+    for batch, changed in from_pools(run, args.steps, args, rng, sample, finish):
+        loss = weighted_loss(transformer, batch, changed, args.shift, args.changed_weight)
+        rate = args.lr * rate_share(run.step, args.steps, 1, 0.5)
+        step(run, loss, rate, trained, means, opts, args.average)
+        losses.append(loss.item())
     save_lora(average, args.out or args.runs / FILE)
 
 

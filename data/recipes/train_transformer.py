@@ -9,27 +9,28 @@ and, at every measurement, transformer_PHASE.png, a sheet of pictures.
 
 import argparse
 import json
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Log, Run, device, pictures
+from common import Chance, Muon, device, note, pictures, settings
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from train_vae import build_vae
 
+from minqwen.finetune import Batch, flow_error, sample_sigmas
 from minqwen.images import pack_latents, pixels_to_image, unpack_latents
-from minqwen.prompt import EDIT, T2I, Template, tokenize_prompts
-from minqwen.sampling import euler_step, get_sigmas, time_shift
-from minqwen.text_encoder import Qwen2_5_VLTextEncoder, mrope_positions
+from minqwen.prompt import EDIT, T2I, Template, TokenizedPrompts, drop_prefix, tokenize_prompts
+from minqwen.run import Run, read_state
+from minqwen.sampling import denoise, get_sigmas
+from minqwen.text_encoder import Qwen2_5_VLTextEncoder
 from minqwen.tokenizer import load_tokenizer
 from minqwen.transformer import QwenImageTransformer2DModel
-from minqwen.vision import rotate
+from minqwen.vae import AutoencoderKLQwenImage
 from minqwen.world import SMALL, WORLD, Edit, World, judge, random_item, sample_drawing, sample_edit
 
 STEPS = {"small": 3200, "full": 24320}
@@ -39,6 +40,7 @@ DECAYS = {"small": 0.1, "full": 0.5}  # the last share of a cycle, in which the 
 WORLDS = {"small": SMALL, "full": WORLD}
 DRAWN = {"small": 0.4, "full": 0.25}  # the share of batches that draw instead of edit
 HARD = {"swap": 3, "recolour": 2, "shape": 2}  # in the full world these come two or three times as often as the rest
+BATCH = 64
 GRID = (1, 4, 4)  # tokens of a 64x64 picture
 TRANSFORMER = {
     "attention_head_dim": 32,
@@ -120,22 +122,22 @@ def build(tokenizer) -> nn.ModuleDict:
     return net
 
 
-class Batch(NamedTuple):
-    """Everything that a training step reads; rows of edits or of drawings, never both."""
+class Tasks(NamedTuple):
+    """Edits of as many pictures each, or drawings, computed as far as training does not change it: up to the words."""
 
-    tokens: tuple  # of tokenize_prompts: ids, mask, patches, grids, drop
+    tokens: TokenizedPrompts
     target: Tensor  # (B, 16, 64) clean packed latents
-    source: Tensor | None  # (B, 16 for each picture, 64), None for drawings
+    control: Tensor  # (B, 16 for each picture, 64), none for drawings
     changed: Tensor  # (B, 16) 1 where the instruction changes the picture
 
-    def to(self, device: str) -> "Batch":
-        tokens = tuple(x.to(device) if isinstance(x, Tensor) else x for x in self.tokens)
-        return Batch(tokens, *(None if x is None else x.to(device) for x in self[1:]))
+    def to(self, device: str) -> "Tasks":
+        tokens = TokenizedPrompts(*(x.to(device) if isinstance(x, Tensor) else x for x in self.tokens))
+        return Tasks(tokens, *(x.to(device) for x in self[1:]))
 
 
-def sample_batch(
+def sample_tasks(
     rng: np.random.Generator, size: int, draw: bool, world: World, tokenizer, encode, no_caption: float = 0.1
-) -> Batch:
+) -> Tasks:
     kinds = [kind for kind in world.kinds for _ in range(HARD.get(kind, 1) if world == WORLD else 1)]
     if draw:
         edits = [sample_drawing(rng, world) for _ in range(size)]
@@ -145,18 +147,18 @@ def sample_batch(
     noisy = world == WORLD and rng.random() < 0.2
     words = [chatty(rng, e.instruction) if noisy else e.instruction for e in edits]
     prompts = [" " if drop else text for text, drop in zip(words, dropped, strict=True)]
-    return make_batch(edits, prompts, tokenizer, encode, T2I if draw else EDIT)
+    return make_tasks(edits, prompts, tokenizer, encode, T2I if draw else EDIT)
 
 
-def make_batch(edits: list[Edit], prompts: list[str], tokenizer, encode, template: Template) -> Batch:
+def make_tasks(edits: list[Edit], prompts: list[str], tokenizer, encode, template: Template) -> Tasks:
     """Edits of as many pictures each (none: drawings), with what is said of them."""
     target = encode(pictures([e.target_scene for e in edits]))
     if template is T2I:
-        return Batch(tokenize_prompts(tokenizer, prompts), target, None, torch.ones(len(edits), 16))
+        return Tasks(tokenize_prompts(tokenizer, prompts), target, target[:, :0], torch.ones(len(edits), 16))
     tokens = tokenize_prompts(tokenizer, prompts, [e.sources for e in edits], template)
     scenes = zip(*(e.scenes for e in edits), strict=True)  # all first pictures, all second ones
-    source = torch.cat([encode(pictures(list(each))) for each in scenes], dim=1)
-    return Batch(tokens, target, source, torch.stack([changed_tokens(e) for e in edits]))
+    control = torch.cat([encode(pictures(list(each))) for each in scenes], dim=1)
+    return Tasks(tokens, target, control, torch.stack([changed_tokens(e) for e in edits]))
 
 
 def chatty(rng: np.random.Generator, instruction: str) -> str:
@@ -174,62 +176,25 @@ def changed_tokens(edit: Edit) -> Tensor:
     return torch.from_numpy(differs.reshape(4, 16, 4, 16).any((1, 3)).reshape(16)).float()
 
 
-def encode_prompts(encoder: Qwen2_5_VLTextEncoder, tokens: tuple) -> Tensor:
-    """What `encoder` and `drop_prefix` give, (B, Nt, C), with the template's prefix computed once for all rows.
-
-    Its keys and values are the same for every prompt, since attention is causal.
-    """
-    ids, mask, patches, grids, drop = tokens
-    positions = mrope_positions(ids, mask, grids, encoder.image_token_id)
-    angles = encoder.model._angles(positions)
-    x = encoder.model.embed_tokens(ids)
-    if patches is not None:
-        here = (ids == encoder.image_token_id)[..., None]
-        x = x.masked_scatter(here, encoder.visual(patches, grids))
-    first, rest = x[:1, :drop], x[:, drop:]
-    seen = torch.ones(rest.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril(diagonal=drop)
-    for layer in encoder.model.layers:
-        q, k, v = _heads(layer, first, angles[:1, :, :drop])
-        out_first = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        q, k_rest, v_rest = _heads(layer, rest, angles[:, :, drop:])
-        k = torch.cat([k.expand(len(ids), -1, -1, -1), k_rest], dim=2)
-        v = torch.cat([v.expand(len(ids), -1, -1, -1), v_rest], dim=2)
-        out_rest = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        first, rest = _finish(layer, first, out_first), _finish(layer, rest, out_rest)
-    return encoder.model.norm(rest)
+def with_words(text_encoder: Qwen2_5_VLTextEncoder, tasks: Tasks) -> Batch:
+    """Tasks as the library's loss takes them: with what the text encoder makes of their words and pictures."""
+    ids, mask, patches, grids, drop = tasks.tokens
+    embeds, mask = drop_prefix(text_encoder(ids, mask, patches, grids), mask, drop)
+    shapes = [GRID] * (1 + tasks.control.shape[1] // tasks.target.shape[1])
+    return Batch(tasks.target, tasks.control, embeds, mask, shapes)
 
 
-def _heads(layer: nn.Module, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    attn, x = layer.self_attn, layer.input_layernorm(x)
-    q, k, v = (p(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
-    k, v = (t.repeat_interleave(attn.shared_by, dim=1) for t in (rotate(k, angles), v))
-    return rotate(q, angles), k, v
-
-
-def _finish(layer: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
-    x = x + layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
-    return x + layer.mlp(layer.post_attention_layernorm(x))
-
-
-def velocity(net: nn.ModuleDict, batch: Batch, latents: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
-    """The transformer's velocity for the target's tokens."""
-    count = 0 if batch.source is None else batch.source.shape[1] // 16
-    img = latents if batch.source is None else torch.cat([latents, batch.source], dim=1)
-    mask = batch.tokens[1][:, batch.tokens[4] :]
-    out = net["transformer"](img, text, None if mask.all() else mask, sigma, [[GRID] * (1 + count)] * len(latents))
-    return out[:, : latents.shape[1]]
-
-
-def loss_of(net: nn.ModuleDict, batch: Batch, text: Tensor, shift: float, changed_weight: float) -> Tensor:
-    """Flow matching: at a random noise level, how far is the predicted velocity from noise minus picture?
+def weighted_loss(
+    transformer: nn.Module, batch: Batch, changed: Tensor, shift: float, changed_weight: float
+) -> Tensor:
+    """The library's flow matching at random noise levels; tokens that an edit changes count more.
 
     Chance is drawn on the CPU, whose state the checkpoints hold: the same on every device.
     """
-    sigma = time_shift(torch.rand(len(batch.target)), shift).to(batch.target.device)
+    sigma = sample_sigmas(len(batch.target), "shifted", shift).to(batch.target.device)
     noise = torch.randn(batch.target.shape).to(batch.target.device)
-    latents = batch.target + sigma[:, None, None] * (noise - batch.target)
-    error = (velocity(net, batch, latents, sigma, text) - (noise - batch.target)).square().mean(-1)  # (B, 16)
-    weight = 1 + (changed_weight - 1) * batch.changed
+    error = flow_error(transformer, batch, sigma, noise).mean(-1)  # (B, 16)
+    weight = 1 + (changed_weight - 1) * changed
     return (error * weight).sum() / weight.sum()
 
 
@@ -242,47 +207,57 @@ def accuracy(
 
     Writes a sheet of pictures: a row for each kind, each edit as source and result.
     """
-    right, pairs = {}, []
+    right, lines = {}, []
     for number, kind in enumerate(kinds):
         rng = np.random.default_rng(10**7 + number)
         edits = [sample_drawing(rng, world) if kind == "draw" else sample_edit(rng, kind, world) for _ in range(rows)]
         prompts = [e.instruction for e in edits]
-        batch = make_batch(edits, prompts, tokenizer, encode, T2I if kind == "draw" else template).to(device)
-        text = encode_prompts(net["text_encoder"], batch.tokens)
-        latents = torch.randn(rows, 16, 64, generator=torch.Generator().manual_seed(0)).to(device)
-        sigmas = get_sigmas(steps, 16).tolist()
-        for sigma, following in zip(sigmas, sigmas[1:], strict=False):
-            v = velocity(net, batch, latents, torch.full((rows,), sigma, device=device), text)
-            latents = euler_step(latents, v, sigma, following)
-        images = to_images(vae, latents)
+        tasks = make_tasks(edits, prompts, tokenizer, encode, T2I if kind == "draw" else template).to(device)
+        images = paint(net["transformer"], vae, with_words(net["text_encoder"], tasks), steps)
         right[kind] = 100 * sum(map(judge, images, edits)) / rows
-        pairs.append(sum(([*(e.sources or [None]), image] for e, image in zip(edits, images, strict=True)), [])[:12])
-    page = Image.new("RGB", (12 * 68, len(pairs) * 68), "white")
-    for y, row in enumerate(pairs):
-        for x, image in enumerate(row):
+        line = []
+        for edit, image in zip(edits, images, strict=True):
+            line += [*(edit.sources or [None]), image]
+        lines.append(line[:12])
+    page = Image.new("RGB", (12 * 68, len(lines) * 68), "white")
+    for y, line in enumerate(lines):
+        for x, image in enumerate(line):
             if image:
                 page.paste(image, (68 * x, 68 * y))
     page.save(sheet)
     return right
 
 
-def to_images(vae, latents: Tensor) -> list:
+def paint(transformer: nn.Module, vae: AutoencoderKLQwenImage, batch: Batch, steps: int) -> list[Image.Image]:
+    """The pictures that a batch asks for, all from the noise of one seed, without guidance."""
+    rows, tokens, _ = batch.target.shape
+
+    def velocity(latents: Tensor, sigma: float) -> Tensor:
+        img = torch.cat([latents, batch.control], dim=1)
+        level = torch.full((rows,), sigma, device=latents.device)
+        return transformer(img, batch.embeds, batch.mask, level, [batch.shapes] * rows)[:, :tokens]
+
+    noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)).to(batch.target.device)
+    latents = denoise(velocity, noise, get_sigmas(steps, tokens))
     pixels = vae.decode(vae.denormalize(unpack_latents(latents, 8, 8)))
     return [pixels_to_image(p[None]) for p in pixels]
 
 
-def load_vae(runs: Path, decoder: bool = False):
+def load_vae(runs: Path, decoder: bool = False) -> AutoencoderKLQwenImage:
     """The trained autoencoder, frozen; its decoder from the later phase where that has begun."""
-    vae = build_vae(json.loads((runs / "vae_config.json").read_text()))
+    vae = build_vae(json.loads((runs / "vae_config.json").read_text(encoding="utf-8")))
     later = decoder and (runs / "vae_decoder.pt").exists()
-    state = torch.load(runs / ("vae_decoder.pt" if later else "vae_joint.pt"), map_location="cpu", weights_only=True)
-    vae.load_state_dict(state["vae"])
+    state = read_state(runs / ("vae_decoder.pt" if later else "vae_joint.pt"))
+    vae.load_state_dict(state["parts"]["vae"])
     return vae.eval().requires_grad_(False)
 
 
-def encoder(vae, args: argparse.Namespace):
+def encoder(vae: AutoencoderKLQwenImage, args: argparse.Namespace) -> Callable[[Tensor], Tensor]:
     """A function: pictures -> packed, normalised latents, in parts of one size (a compiled function knows no other)."""
-    mode = lambda x: vae.encode(x).mode()  # noqa: E731
+
+    def mode(x: Tensor) -> Tensor:
+        return vae.encode(x).mode()
+
     if args.compile:
         mode = torch.compile(mode, dynamic=False)
 
@@ -295,13 +270,14 @@ def encoder(vae, args: argparse.Namespace):
     return encode
 
 
-def optimizers(net: nn.ModuleDict, lr: float) -> nn.Module:
+def optimizers(net: nn.ModuleDict, lr: float) -> dict[str, torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, modulation, ends, norms and biases."""
-    inside = {n for n, p in net.named_parameters() if p.ndim == 2 and any(k in n for k in (".attn.", "attn.", "mlp."))}
-    matrices = [p for n, p in net.named_parameters() if n in inside and "merger" not in n]
-    rest = [p for n, p in net.named_parameters() if n not in inside or "merger" in n]
+    matrices, rest = [], []
+    for name, parameter in net.named_parameters():
+        inside = any(part in name for part in ("attn.", "mlp.")) and "merger" not in name
+        (matrices if parameter.ndim == 2 and inside else rest).append(parameter)
     return {
-        "muon": torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        "muon": Muon(matrices, lr),
         "adamw": torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
     }
 
@@ -313,10 +289,27 @@ def rate_share(step: int, steps: int, cycles: int, decay: float) -> float:
     return min(1, (step + 1) / 100, max(0.01, (1 - step / period) / decay))
 
 
-def shuffled(rng: np.random.Generator, args: argparse.Namespace) -> Iterator[int]:
-    """Numbers of a pool's batches: each is drawn and encoded once, and used `reuse` times with other noise."""
-    for _ in range(args.reuse):
-        yield from rng.permutation(args.pool)
+def from_pools(
+    run: Run, steps: int, args: argparse.Namespace, rng: np.random.Generator, sample: Callable, finish: Callable
+) -> Iterator:
+    """What to train on, step by step: a pool is sampled and encoded, and each of it used `reuse` times, noise apart.
+
+    finish() ends a pool, which is the unit of resumption: a run cut off inside one repeats it, to the same weights.
+    """
+    with tqdm(total=steps, initial=run.step, desc=run.state.stem, disable=None) as bar:
+        while run.step < steps:
+            pool = [sample() for _ in range(args.pool)]
+            for _ in range(args.reuse):
+                for index in rng.permutation(args.pool):
+                    yield pool[index]
+                    bar.update()
+            finish()
+
+
+def is_due(run: Run, steps: int, args: argparse.Namespace) -> bool:
+    """Whether accuracy is to be measured after this pool."""
+    pools = run.step // (args.pool * args.reuse)
+    return args.check_every > 0 and (pools % args.check_every == 0 or run.step >= steps)
 
 
 def step(
@@ -338,54 +331,51 @@ def step(
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    runs, steps, lr = args.runs, args.steps or STEPS[args.phase], args.lr or RATES[args.phase]
+    runs, phase, steps, lr = args.runs, args.phase, args.steps or STEPS[args.phase], args.lr or RATES[args.phase]
     tokenizer, vae = load_tokenizer(runs / "tokenizer"), load_vae(runs).to(args.device)
     net, average = build(tokenizer).to(args.device), build(tokenizer).to(args.device)
     average.load_state_dict(net.state_dict())
     average.requires_grad_(False)
-    opts = optimizers(net, lr)
-    drawn = DRAWN[args.phase]
-    world, path = WORLDS[args.phase], runs / f"transformer_{args.phase}.pt"
-    run = Run(path, {"net": net, "average": average} | opts, rng)
-    if not run.resume() and args.phase == "full":
-        start = torch.load(runs / "transformer_small.pt", map_location="cpu", weights_only=True)["average"]
+    opts, world = optimizers(net, lr), WORLDS[phase]
+    kinds = (*world.kinds, "draw")
+    fields = ("minutes", "samples", "loss_edit", "loss_draw", *kinds)
+    state, log = runs / f"transformer_{phase}.pt", runs / f"log_transformer_{phase}.csv"
+    run = Run(state, log, fields, {"net": net, "average": average, "chance": Chance(rng)} | opts, settings(args))
+    if not run.resume() and phase == "full":
+        start = read_state(runs / "transformer_small.pt")["parts"]["average"]
         net.load_state_dict(start)
         average.load_state_dict(start)
-    kinds = (*world.kinds, "draw")
-    fields = ["minutes", "samples", "loss_edit", "loss_draw", *kinds]
-    log = Log(runs / f"log_transformer_{args.phase}.csv", fields)
-
     encode = encoder(vae, args)
     if args.compile:
         net["transformer"].compile(dynamic=True)
-    bar = tqdm(total=steps, initial=run.step, desc=f"transformer, {args.phase} world", disable=None)
-    while run.step < steps:
-        pool = [sample_batch(rng, args.batch, rng.random() < drawn, world, tokenizer, encode) for _ in range(args.pool)]
-        losses = {False: [], True: []}
-        for index in shuffled(rng, args):
-            batch = pool[index].to(args.device)
-            text = encode_prompts(net["text_encoder"], batch.tokens)
-            loss = loss_of(net, batch, text, args.shift, args.changed_weight)
-            rate = lr * rate_share(run.step, steps, CYCLES[args.phase], DECAYS[args.phase])
-            step(run, loss, rate, list(net.parameters()), list(average.parameters()), opts, args.average)
-            losses[batch.source is None].append(loss.item())
-            bar.update()
-        # a pool is the unit of resumption: a run that is cut off inside one repeats it, to the same weights
-        run.save()
-        means = {f"loss_{k}": float(np.mean(losses[k == "draw"] or [math.nan])) for k in ("edit", "draw")}
-        print(f"step {run.step} of {steps}, {run.elapsed() / 60:.1f} min, {means}", flush=True)
-        pools, right = run.step // (args.pool * args.reuse), {}
-        if args.check_every and (pools % args.check_every == 0 or run.step >= steps):
+    losses = {"loss_edit": [], "loss_draw": []}
+
+    def sample() -> Tasks:
+        return sample_tasks(rng, args.batch, rng.random() < DRAWN[phase], world, tokenizer, encode)
+
+    def finish() -> None:
+        right = {}
+        if is_due(run, steps, args):
             decoder = load_vae(runs, decoder=True).to(args.device)
-            right = accuracy(average, decoder, kinds, world, tokenizer, encode, path.with_suffix(".png"), args.device)
-        means = {name: mean for name, mean in means.items() if math.isfinite(mean)}
-        log(minutes=run.elapsed() / 60, samples=run.step * args.batch, **means, **right)
-    bar.close()
+            right = accuracy(average, decoder, kinds, world, tokenizer, encode, state.with_suffix(".png"), args.device)
+        means = {name: float(np.mean(each)) for name, each in losses.items() if each}
+        note(run, minutes=run.elapsed() / 60, samples=run.step * args.batch, **means, **right)
+        run.save()
+        for each in losses.values():
+            each.clear()
+
+    for tasks in from_pools(run, steps, args, rng, sample, finish):
+        tasks = tasks.to(args.device)
+        batch = with_words(net["text_encoder"], tasks)
+        loss = weighted_loss(net["transformer"], batch, tasks.changed, args.shift, args.changed_weight)
+        rate = lr * rate_share(run.step, steps, CYCLES[phase], DECAYS[phase])
+        step(run, loss, rate, list(net.parameters()), list(average.parameters()), opts, args.average)
+        losses["loss_edit" if batch.control.shape[1] else "loss_draw"].append(loss.item())
 
 
 def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """What every training of the transformer can be told."""
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--shift", type=float, default=3.0, help="pushes training towards high noise")
     parser.add_argument("--changed-weight", type=float, default=3.0, help="loss weight of tokens that an edit changes")
     parser.add_argument("--average", type=float, default=0.999, help="moving average of what is trained")

@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Log, Run, device, pictures
+from common import Chance, device, note, pictures, settings
 from tqdm import tqdm
 
+from minqwen.run import Run, read_state
 from minqwen.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock
 from minqwen.world import WORLD, sample_scene
 
 STEPS = {"joint": 5000, "decoder": 5000}
+STATISTICS, CHECKED = 16, 128  # batches of 128 pictures for the latents' statistics, pictures for a measurement
 CONFIG = {"base_dim": 16, "z_dim": 16, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
 
 
@@ -45,8 +47,8 @@ def crops(pixels: torch.Tensor, rng: np.random.Generator, size: int = 32) -> tor
 
 
 def psnr(vae: AutoencoderKLQwenImage) -> float:
-    """Decibels of the mean squared error over 128 pictures that training never sees."""
-    x = pictures(scenes(np.random.default_rng(10**6), 128)).to(vae.quant_conv.weight.device)
+    """Decibels of the mean squared error over pictures that training never sees."""
+    x = pictures(scenes(np.random.default_rng(10**6), CHECKED)).to(vae.quant_conv.weight.device)
     with torch.no_grad():
         error = (vae.decode(vae.encode(x).mode()) - x).div(2).square().mean()
     return -10 * torch.log10(error).item()
@@ -59,16 +61,17 @@ def train(args: argparse.Namespace) -> None:
     rng = np.random.default_rng(args.seed + (phase == "decoder"))
     vae = build_vae().to(args.device)
     if phase == "decoder":
-        vae.load_state_dict(torch.load(runs / "vae_joint.pt", map_location="cpu", weights_only=True)["vae"])
+        vae.load_state_dict(read_state(runs / "vae_joint.pt")["parts"]["vae"])
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     optimizer = torch.optim.AdamW(
         [p for p in vae.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99), weight_decay=0
     )
-    run = Run(runs / f"vae_{phase}.pt", {"vae": vae, "optimizer": optimizer}, rng)
+    parts = {"vae": vae, "optimizer": optimizer, "chance": Chance(rng)}
+    fields = ("minutes", "step", "loss", "psnr")
+    run = Run(runs / f"vae_{phase}.pt", runs / f"log_vae_{phase}.csv", fields, parts, settings(args))
     run.resume()
-    log = Log(runs / f"log_vae_{phase}.csv", ["minutes", "step", "loss", "psnr"])
-    reconstruct = torch.compile(_reconstruct, dynamic=False) if args.compile else _reconstruct
+    loss_of = torch.compile(reconstruction_loss, dynamic=False) if args.compile else reconstruction_loss
 
     bar = tqdm(total=steps, initial=run.step, desc=f"autoencoder, {phase}", disable=None)
     while run.step < steps:
@@ -81,7 +84,7 @@ def train(args: argparse.Namespace) -> None:
         elif run.step % 4:
             x = x[: args.batch // 4]
         x = x.to(args.device)
-        loss = reconstruct(vae, x)
+        loss = loss_of(vae, x)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -89,14 +92,14 @@ def train(args: argparse.Namespace) -> None:
         run.step += 1
         bar.update()
         if run.step % args.save_every == 0 or run.step == steps:
+            note(run, minutes=run.elapsed() / 60, step=run.step, loss=loss.item(), psnr=psnr(vae))
             run.save()
-            log(minutes=run.elapsed() / 60, step=run.step, loss=loss.item(), psnr=psnr(vae))
     bar.close()
     if phase == "joint":
         write_statistics(vae, runs)
 
 
-def _reconstruct(vae: AutoencoderKLQwenImage, x: torch.Tensor) -> torch.Tensor:
+def reconstruction_loss(vae: AutoencoderKLQwenImage, x: torch.Tensor) -> torch.Tensor:
     posterior = vae.encode(x)
     y = vae.decode(posterior.sample())
     kl = 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1 - posterior.logvar).mean()
@@ -105,14 +108,14 @@ def _reconstruct(vae: AutoencoderKLQwenImage, x: torch.Tensor) -> torch.Tensor:
 
 def write_statistics(vae: AutoencoderKLQwenImage, runs: Path) -> None:
     """The mean and deviation of each latent channel over 2048 pictures, as the released config has them."""
-    x = torch.cat([pictures(scenes(np.random.default_rng(k), 128)) for k in range(16)])
+    x = torch.cat([pictures(scenes(np.random.default_rng(k), 128)) for k in range(STATISTICS)])
     with torch.no_grad():
         z = torch.cat([vae.encode(part.to(vae.quant_conv.weight.device)).mode() for part in x.split(128)])
     config = CONFIG | {
         "latents_mean": [round(v, 4) for v in z.mean((0, 2, 3, 4)).tolist()],
         "latents_std": [round(v, 4) for v in z.std((0, 2, 3, 4)).tolist()],
     }
-    (runs / "vae_config.json").write_text(json.dumps(config, indent=2))
+    (runs / "vae_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:
