@@ -78,10 +78,10 @@ class Repository:
         """What a safetensors file holds: name -> dtype, shape and data_offsets, here counted from the file's start."""
         if file not in self.tables:
             length = int.from_bytes(self.fetch(file, 0, 8), "little")
+            inside = 2 <= length <= 100_000_000  # the format's own limit
+            header = self.fetch(file, 8, 8 + length) if inside else b""
             try:
-                if not 2 <= length <= 100_000_000:  # the format's own limit
-                    raise ValueError
-                table = json.loads(self.fetch(file, 8, 8 + length))
+                table = json.loads(header)
                 table.pop("__metadata__", None)
                 for entry in table.values():
                     entry["data_offsets"] = [8 + length + place for place in entry["data_offsets"]]

@@ -183,11 +183,15 @@ def test_an_error_of_our_own_is_none_of_the_network(hub, monkeypatch, error):
         asked.append(url)
         raise error
 
-    asked = []
-    monkeypatch.setattr(minqwen.hub, "_ask", ask)
-    with pytest.raises(type(error), match="^our own$"):
-        Checkpoint("owner/name").tensors("vae", "decoder.")
-    assert len(asked) == 1
+    asked, works = [], minqwen.hub._ask
+    for before in (0, 1, 2):  # in the header's length, in the header, in a tensor
+        with monkeypatch.context() as patch:
+            checkpoint = Checkpoint("owner/name")
+            answers = iter([works] * before + [ask] * 9)
+            patch.setattr(minqwen.hub, "_ask", lambda *args, answers=answers: next(answers)(*args))
+            with pytest.raises(type(error), match="^our own$"):
+                checkpoint.tensors("vae", "decoder.")
+    assert len(asked) == 3
     monkeypatch.setattr(minqwen.hub, "hf_hub_download", lambda *args, **kwargs: len(None))
     with pytest.raises(TypeError, match="has no len"):
         Checkpoint("owner/name").config("transformer/config.json")
