@@ -18,18 +18,22 @@ from safetensors.torch import load_file
 
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.run import Run, read_state
-from minqwen.world import WORLD
+from minqwen.world import WORLD, Scene, sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny"
 
 
+def few_scenes(rng: np.random.Generator, count: int) -> list[Scene]:
+    """In place of what the autoencoder is trained on and measured with."""
+    return [sample_scene(rng) for _ in range(min(count, 2))]
+
+
 @pytest.fixture
 def small(monkeypatch):
-    """A transformer of one block, an autoencoder that is hardly measured."""
+    """A transformer of one block, an autoencoder that sees few pictures."""
     monkeypatch.setitem(train_transformer.TRANSFORMER, "num_layers", 1)
-    monkeypatch.setattr(train_vae, "CHECKED", 2)
-    monkeypatch.setattr(train_vae, "write_statistics", lambda *_: None)
+    monkeypatch.setattr(train_vae, "scenes", few_scenes)
 
 
 def make(runs: Path, out: Path) -> None:
@@ -37,8 +41,7 @@ def make(runs: Path, out: Path) -> None:
     words = ["--share", "0.0001", "--runs", str(runs), "--out", str(out), "--device", "cpu", "--no-estimate"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_transformer, "BATCH", 2)
-        patch.setattr(train_vae, "CHECKED", 2)
-        patch.setattr(train_vae, "STATISTICS", 1)
+        patch.setattr(train_vae, "scenes", few_scenes)
         make_tiny.make(make_tiny.parser().parse_args(words))
 
 
@@ -182,7 +185,7 @@ def test_each_cycle_of_the_learning_rate_rises_and_falls_alike():
 
 SMALL = ["--steps", "4", "--batch", "2", "--pool", "1", "--reuse", "2", "--check-every", "0"]
 CASES = {
-    "autoencoder": (train_vae, "joint", ["--steps", "4", "--batch", "4", "--save-every", "2"], "vae_joint.pt", "vae"),
+    "autoencoder": (train_vae, "joint", ["--steps", "4", "--save-every", "2"], "vae_joint.pt", "vae"),
     "transformer": (train_transformer, "small", SMALL, "transformer_small.pt", "average"),
     "adapter": (train_edit_plus, str(TINY), [*SMALL, "--rank", "2"], "edit_plus.pt", "average"),
 }
@@ -221,7 +224,7 @@ def test_a_run_that_is_killed_anywhere_ends_in_the_same_weights_and_log(small, t
 
 
 def test_a_run_goes_on_with_its_own_settings_only(small, tmp_path):
-    words = ["joint", "--steps", "1", "--batch", "1", "--runs", str(tmp_path), "--device", "cpu"]
+    words = ["joint", "--steps", "1", "--runs", str(tmp_path), "--device", "cpu"]
     train_vae.train(train_vae.parser().parse_args(words))
     with pytest.raises(ValueError, match="seed 0 there, 1 now"):
         train_vae.train(train_vae.parser().parse_args([*words, "--seed", "1"]))

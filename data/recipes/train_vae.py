@@ -20,7 +20,6 @@ from minqwen.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock
 from minqwen.world import WORLD, sample_scene
 
 STEPS = {"joint": 5000, "decoder": 5000}
-STATISTICS, CHECKED = 16, 128  # batches of 128 pictures for the latents' statistics, pictures for a measurement
 CONFIG = {"base_dim": 16, "z_dim": 16, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
 
 
@@ -47,8 +46,8 @@ def crops(pixels: torch.Tensor, rng: np.random.Generator, size: int = 32) -> tor
 
 
 def psnr(vae: AutoencoderKLQwenImage) -> float:
-    """Decibels of the mean squared error over pictures that training never sees."""
-    x = pictures(scenes(np.random.default_rng(10**6), CHECKED)).to(vae.quant_conv.weight.device)
+    """Decibels of the mean squared error over 128 pictures that training never sees."""
+    x = pictures(scenes(np.random.default_rng(10**6), 128)).to(vae.quant_conv.weight.device)
     with torch.no_grad():
         error = (vae.decode(vae.encode(x).mode()) - x).div(2).square().mean()
     return -10 * torch.log10(error).item()
@@ -108,7 +107,7 @@ def reconstruction_loss(vae: AutoencoderKLQwenImage, x: torch.Tensor) -> torch.T
 
 def write_statistics(vae: AutoencoderKLQwenImage, runs: Path) -> None:
     """The mean and deviation of each latent channel over 2048 pictures, as the released config has them."""
-    x = torch.cat([pictures(scenes(np.random.default_rng(k), 128)) for k in range(STATISTICS)])
+    x = torch.cat([pictures(scenes(np.random.default_rng(k), 128)) for k in range(16)])
     with torch.no_grad():
         z = torch.cat([vae.encode(part.to(vae.quant_conv.weight.device)).mode() for part in x.split(128)])
     config = CONFIG | {
