@@ -9,6 +9,7 @@ import make_tiny
 import make_tokenizer
 import numpy as np
 import pytest
+import tiny_models
 import torch
 import train_edit_plus
 import train_transformer
@@ -32,7 +33,7 @@ def few_scenes(rng: np.random.Generator, count: int) -> list[Scene]:
 @pytest.fixture
 def small(monkeypatch):
     """A transformer of one block, an autoencoder that sees few pictures."""
-    monkeypatch.setitem(train_transformer.TRANSFORMER, "num_layers", 1)
+    monkeypatch.setitem(tiny_models.TRANSFORMER, "num_layers", 1)
     monkeypatch.setattr(train_vae, "scenes", few_scenes)
 
 
@@ -94,7 +95,7 @@ def test_training_lowers_the_loss_and_the_average_follows(small):
     torch.manual_seed(0)
     rng, pipe = np.random.default_rng(0), QwenImagePipeline.from_pretrained(TINY, device="cpu")
     encode = train_transformer.encoder(pipe.vae, train_transformer.parser().parse_args(["full"]))
-    net, average = train_transformer.build(pipe.tokenizer), train_transformer.build(pipe.tokenizer)
+    net, average = tiny_models.build(pipe.tokenizer), tiny_models.build(pipe.tokenizer)
     average.load_state_dict(net.state_dict())
     average.requires_grad_(False)
     opts = train_transformer.optimizers(net, 1e-3)
@@ -110,7 +111,7 @@ def test_training_lowers_the_loss_and_the_average_follows(small):
 
 def test_training_the_autoencoder_lowers_its_loss():
     torch.manual_seed(0)
-    vae = train_vae.build_vae()
+    vae = tiny_models.build_vae()
     x = common.pictures(train_vae.scenes(np.random.default_rng(0), 1))
     optimizer = torch.optim.AdamW(vae.parameters(), 2.5e-3)
     losses = []
@@ -195,12 +196,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_is_killed_anywhere_ends_in_the_same_weights_and_log(small, tmp_path, monkeypatch, case):
     module, phase, options, file, part = CASES[case]
-    vae = train_vae.build_vae()
+    vae = tiny_models.build_vae()
 
     def train(folder: Path) -> dict:
         if module is train_transformer and not folder.exists():
             make_tokenizer.save(make_tokenizer.build(), folder / "tokenizer")
-            (folder / "vae_config.json").write_text(json.dumps(train_vae.CONFIG), encoding="utf-8")
+            (folder / "vae_config.json").write_text(json.dumps(tiny_models.VAE), encoding="utf-8")
             Run(folder / "vae_joint.pt", None, (), {"vae": vae}, {}).save()
         module.train(module.parser().parse_args([phase, *options, "--runs", str(folder), "--device", "cpu"]))
         return read_state(folder / file)

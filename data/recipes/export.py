@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from make_tokenizer import build, save
 from safetensors.torch import save_file
-from train_transformer import TRANSFORMER, load_vae, text_config
+from tiny_models import TRANSFORMER, load_vae, text_config
 
 from minqwen.run import read_state
 from minqwen.vae import AutoencoderKLQwenImage

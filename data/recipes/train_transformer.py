@@ -8,7 +8,6 @@ and, at every measurement, transformer_PHASE.png, a sheet of pictures.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from common import Chance, Muon, device, note, pictures, settings
 from PIL import Image
+from tiny_models import build, load_vae
 from torch import Tensor, nn
 from tqdm import tqdm
-from train_vae import build_vae
 
 from minqwen.finetune import Batch, flow_error, sample_sigmas
 from minqwen.images import pack_latents, pixels_to_image, unpack_latents
@@ -29,7 +28,6 @@ from minqwen.run import Run, read_state
 from minqwen.sampling import denoise, get_sigmas
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder
 from minqwen.tokenizer import load_tokenizer
-from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vae import AutoencoderKLQwenImage
 from minqwen.world import SMALL, WORLD, Edit, World, judge, random_item, sample_drawing, sample_edit
 
@@ -42,84 +40,6 @@ DRAWN = {"small": 0.4, "full": 0.25}  # the share of batches that draw instead o
 HARD = {"swap": 3, "recolour": 2, "shape": 2}  # in the full world these come two or three times as often as the rest
 BATCH = 64
 GRID = (1, 4, 4)  # tokens of a 64x64 picture
-TRANSFORMER = {
-    "attention_head_dim": 32,
-    "axes_dims_rope": [4, 14, 14],
-    "guidance_embeds": False,
-    "in_channels": 64,
-    "joint_attention_dim": 128,
-    "num_attention_heads": 4,
-    "num_layers": 6,
-    "out_channels": 16,
-    "patch_size": 2,
-}
-
-
-def text_config(tokenizer) -> dict:
-    """text_encoder/config.json in the released, flat form."""
-    ids = {name: tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "endoftext", "im_end")}
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "vocab_size": tokenizer.get_vocab_size(),
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default", "type": "default"},
-        "max_position_embeddings": 4096,
-        "use_sliding_window": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": ids["endoftext"],
-        "eos_token_id": ids["im_end"],
-        "image_token_id": ids["image_pad"],
-        "video_token_id": ids["video_pad"],
-        "vision_start_token_id": tokenizer.token_to_id("<|vision_start|>"),
-        "vision_end_token_id": tokenizer.token_to_id("<|vision_end|>"),
-        "vision_token_id": tokenizer.token_to_id("<|vision_pad|>"),
-        "torch_dtype": "bfloat16",
-        "vision_config": {
-            "depth": 2,
-            "hidden_act": "silu",
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 2,
-            "in_channels": 3,
-            "in_chans": 3,
-            "out_hidden_size": 128,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "temporal_patch_size": 2,
-            "tokens_per_second": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [1],
-            "model_type": "qwen2_5_vl",
-        },
-    }
-
-
-def build(tokenizer) -> nn.ModuleDict:
-    """Fresh text encoder and transformer; modulation and output begin at zero, so that every block is the identity."""
-    net = nn.ModuleDict(
-        {
-            "transformer": QwenImageTransformer2DModel(**TRANSFORMER),
-            "text_encoder": Qwen2_5_VLTextEncoder(**text_config(tokenizer)),
-        }
-    )
-    transformer = net["transformer"]
-    zero = [transformer.norm_out.linear, transformer.proj_out]
-    for block in transformer.transformer_blocks:
-        zero += [block.img_mod[1], block.txt_mod[1]]
-    for layer in zero:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    nn.init.normal_(net["text_encoder"].model.embed_tokens.weight, std=0.1)
-    return net
 
 
 class Tasks(NamedTuple):
@@ -241,15 +161,6 @@ def paint(transformer: nn.Module, vae: AutoencoderKLQwenImage, batch: Batch, ste
     latents = denoise(velocity, noise, get_sigmas(steps, tokens))
     pixels = vae.decode(vae.denormalize(unpack_latents(latents, 8, 8)))
     return [pixels_to_image(p[None]) for p in pixels]
-
-
-def load_vae(runs: Path, decoder: bool = False) -> AutoencoderKLQwenImage:
-    """The trained autoencoder, frozen; its decoder from the later phase where that has begun."""
-    vae = build_vae(json.loads((runs / "vae_config.json").read_text(encoding="utf-8")))
-    later = decoder and (runs / "vae_decoder.pt").exists()
-    state = read_state(runs / ("vae_decoder.pt" if later else "vae_joint.pt"))
-    vae.load_state_dict(state["parts"]["vae"])
-    return vae.eval().requires_grad_(False)
 
 
 def encoder(vae: AutoencoderKLQwenImage, args: argparse.Namespace) -> Callable[[Tensor], Tensor]:

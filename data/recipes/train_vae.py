@@ -13,26 +13,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import Chance, device, note, pictures, settings
+from tiny_models import VAE, build_vae
 from tqdm import tqdm
 
 from minqwen.run import Run, read_state
-from minqwen.vae import AttentionBlock, AutoencoderKLQwenImage, ResidualBlock
+from minqwen.vae import AutoencoderKLQwenImage
 from minqwen.world import WORLD, sample_scene
 
 STEPS = {"joint": 5000, "decoder": 5000}
-CONFIG = {"base_dim": 16, "z_dim": 16, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
-
-
-def build_vae(config: dict = CONFIG) -> AutoencoderKLQwenImage:
-    """A fresh autoencoder whose branches start small, so that the residual paths carry the picture first."""
-    vae = AutoencoderKLQwenImage(**config)
-    for module in vae.modules():
-        if isinstance(module, ResidualBlock):
-            module.conv2.weight.data *= 0.3
-        if isinstance(module, AttentionBlock):
-            module.proj.weight.data *= 0.1
-    vae.quant_conv.bias.data[16:] = -5.0  # log-variance: nearly no noise at first
-    return vae
 
 
 def scenes(rng: np.random.Generator, count: int) -> list:
@@ -110,7 +98,7 @@ def write_statistics(vae: AutoencoderKLQwenImage, runs: Path) -> None:
     x = torch.cat([pictures(scenes(np.random.default_rng(k), 128)) for k in range(16)])
     with torch.no_grad():
         z = torch.cat([vae.encode(part.to(vae.quant_conv.weight.device)).mode() for part in x.split(128)])
-    config = CONFIG | {
+    config = VAE | {
         "latents_mean": [round(v, 4) for v in z.mean((0, 2, 3, 4)).tolist()],
         "latents_std": [round(v, 4) for v in z.std((0, 2, 3, 4)).tolist()],
     }
