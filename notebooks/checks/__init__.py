@@ -128,11 +128,11 @@ def expect_finding(finding, form: str, **parts: tuple[str, dict[str, str]]) -> N
     if not isinstance(finding, tuple | list) or len(finding) != len(parts):
         raise Wrong(f"expected {form}")
     for got, (part, (want, mistakes)) in zip(finding, parts.items(), strict=True):
-        said = got.strip().lower() if isinstance(got, str) else None
-        if said == want.lower():
+        word = got.strip().lower() if isinstance(got, str) else None
+        if word == want.lower():
             continue
         for mistake, diagnosis in mistakes.items():
-            if said is not None and fnmatchcase(said, mistake.lower()):
+            if word is not None and fnmatchcase(word, mistake.lower()):
                 raise Wrong(f"{diagnosis} ({part})")
         raise Wrong(f"{_short(got)} is not right ({part})")
 
@@ -141,10 +141,10 @@ def _equal(got, want, tolerance: float) -> bool:
     if isinstance(want, tuple | list):
         fits = isinstance(got, tuple | list) and len(got) == len(want)
         return fits and all(_equal(g, w, tolerance) for g, w in zip(got, want, strict=True))
-    if isinstance(want, str | bool) or want is None:
-        return type(got) is type(want) and (
-            got.strip().lower() == want.lower() if isinstance(want, str) else got == want
-        )
+    if isinstance(want, str):
+        return isinstance(got, str) and got.strip().lower() == want.lower()
+    if isinstance(want, bool) or want is None:
+        return got is want
     if isinstance(want, torch.Tensor):
         if not isinstance(got, torch.Tensor) or got.shape != want.shape:
             return False
@@ -159,10 +159,8 @@ def _short(value) -> str:
 
 def report(checks) -> None:
     """Done, open, skipped: of all exercises of a chapter's module of checks."""
-    states = STATES[checks.__name__]
-    names = {state: [n for n, s in states.items() if s == state] for state in ("done", "open", "skipped")}
-    print(
-        "; ".join(
-            f"{state} {len(found)}" + (f" ({', '.join(found)})" if found else "") for state, found in names.items()
-        )
-    )
+    states, parts = STATES[checks.__name__], []
+    for state in ("done", "open", "skipped"):
+        numbers = [number for number, current in states.items() if current == state]
+        parts.append(f"{state} {len(numbers)}" + (f" ({', '.join(numbers)})" if numbers else ""))
+    print("; ".join(parts))
