@@ -44,10 +44,11 @@ def save(path: str, columns: int, pictures: list[Image.Image], titles: list[str]
     figure.savefig(path, dpi=100)
 
 
-pipe = QwenImagePipeline.from_pretrained("data/tiny")
-scene = Image.open("data/pictures/scene.png")
-save("data/readme.png", 3, [scene, *edits(pipe, [scene], WISHES)], ["given", *WISHES], (8.4, 6.4))
-pipe.edit_template = EDIT_PLUS
-load_lora(pipe.transformer, "data/tiny/edit_plus_lora.safetensors")
-pictures = [*TWO, *edits(pipe, TWO, TWO_WISHES), *edits(pipe, TWO[::-1], TWO_WISHES[:1])]
-save("data/tiny/edit_plus.png", 5, pictures, ["Picture 1", "Picture 2", *TWO_WISHES, EXCHANGED], (16, 4.2))
+if __name__ == "__main__":
+    pipe = QwenImagePipeline.from_pretrained("data/tiny")
+    scene = Image.open("data/pictures/scene.png")
+    save("data/readme.png", 3, [scene, *edits(pipe, [scene], WISHES)], ["given", *WISHES], (8.4, 6.4))
+    pipe.edit_template = EDIT_PLUS
+    load_lora(pipe.transformer, "data/tiny/edit_plus_lora.safetensors")
+    pictures = [*TWO, *edits(pipe, TWO, TWO_WISHES), *edits(pipe, TWO[::-1], TWO_WISHES[:1])]
+    save("data/tiny/edit_plus.png", 5, pictures, ["Picture 1", "Picture 2", *TWO_WISHES, EXCHANGED], (16, 4.2))
