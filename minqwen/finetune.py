@@ -97,9 +97,7 @@ class Row(NamedTuple):
 def make_batch(samples: Sequence[Sample], dropped: Sequence[bool] | None = None) -> Batch:
     """Samples of one shape as a batch; those that are dropped say the empty prompt instead of their caption."""
     dropped = dropped or [False] * len(samples)
-    prompts = []
-    for sample, drop in zip(samples, dropped, strict=True):
-        prompts.append((sample.empty if drop else sample.embeds, None))
+    prompts = [(s.empty if drop else s.embeds, None) for s, drop in zip(samples, dropped, strict=True)]
     embeds, mask = pad_prompts(prompts)
     pictures = [(s.latents, *s.control) for s in samples]
     latents = [torch.cat(column) for column in zip(*pictures, strict=True)]
@@ -307,8 +305,7 @@ def command_line() -> argparse.ArgumentParser:
     """The command's options: its own, then one for each of Settings."""
     parser = argparse.ArgumentParser(
         prog="python -m minqwen.finetune",
-        description="Train a LoRA (or with --rank 0 every weight) on what python -m minqwen.precompute left in a "
-        "folder. Interrupted, run it again: it goes on, to the same weights.",
+        description="Train a LoRA on what python -m minqwen.precompute left in a folder. Run again, it goes on.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -334,15 +331,13 @@ def main(arguments: list[str] | None = None) -> None:
         Settings(**keywords)  # wrong ones, and a cache that is not there, before minutes are spent on loading a model
         dataset = Precomputed.open(asked.cache)
         dtype = asked.dtype and getattr(torch, asked.dtype)
-        unused = () if asked.preview_prompt else ("text_encoder", "vae")
+        prompt = asked.preview_prompt
+        unused = () if prompt else ("text_encoder", "vae")
         pipe = QwenImagePipeline.from_pretrained(asked.model, asked.device, dtype, without=unused)
-        preview = None
-        if asked.preview_prompt:
-            preview = picture_preview(pipe, asked.out, asked.preview_prompt, asked.preview_image)
+        preview = prompt and picture_preview(pipe, asked.out, prompt, asked.preview_image)
         log = finetune(pipe, dataset, asked.out, preview=preview, progress=not asked.quiet, **keywords)
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        reason = "interrupted; run it again to go on" if isinstance(error, KeyboardInterrupt) else error
-        raise SystemExit(f"finetune: {reason}") from None
+        raise SystemExit(f"finetune: {str(error) or 'interrupted; run it again to go on'}") from None
     losses = [row.loss for row in log[-100:]]
     mean = sum(losses) / len(losses)
     print(f"{log[-1].step + 1} steps in {asked.out}, mean loss of the last {len(losses)} samples {mean:.4f}")

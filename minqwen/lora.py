@@ -11,8 +11,8 @@ Matches peft and diffusers' load_lora_weights (tests/test_lora.py). Chapter 10.
 import json
 import os
 import warnings
-from collections import Counter
 from dataclasses import dataclass
+from statistics import mode
 
 import torch
 import torch.nn.functional as F
@@ -107,11 +107,11 @@ def save_lora(model: nn.Module, path: str | os.PathLike, **metadata: str) -> Non
         raise ValueError("this model has no adapters to save: add_lora or load_lora puts them on")
     ranks = {name: layer.lora_A.out_features for name, layer in layers.items()}
     alphas = {name: layer.scale * ranks[name] for name, layer in layers.items()}
-    config = {"r": _usual(ranks), "lora_alpha": _usual(alphas), "target_modules": sorted(layers)}
-    for key, each, usual in (("rank_pattern", ranks, config["r"]), ("alpha_pattern", alphas, config["lora_alpha"])):
-        if others := {name: value for name, value in each.items() if value != usual}:
-            config[key] = others
-    text = json.dumps({f"transformer.{key}": value for key, value in config.items()}, sort_keys=True)
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
+    config = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(layers)}
+    config["rank_pattern"] = {name: value for name, value in ranks.items() if value != rank}
+    config["alpha_pattern"] = {name: value for name, value in alphas.items() if value != alpha}
+    text = json.dumps({f"transformer.{key}": value for key, value in config.items() if value != {}}, sort_keys=True)
     tensors = {f"transformer.{name}": tensor.cpu().contiguous() for name, tensor in lora_state(model).items()}
     with whole_file(path) as beside:
         save_file(tensors, beside, metadata={"format": "pt", METADATA: text} | metadata)
@@ -161,7 +161,3 @@ def _attach(model: nn.Module, name: str, rank: int, scale: float) -> LoRALinear:
 def _refuse_a_second(model: nn.Module) -> None:
     if adapters(model):
         raise ValueError("this model has adapters already: merge_lora adds them into the weights, then take the next")
-
-
-def _usual(values: dict) -> float:
-    return Counter(values.values()).most_common(1)[0][0]
