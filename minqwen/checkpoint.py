@@ -210,6 +210,13 @@ def read_json(path: Path) -> dict:
     return found
 
 
+def refuse_uncomputed(config: dict, computed: dict, where: str) -> None:
+    """Raise ValueError for a key of a config whose value is not the one computed here; it may also be missing."""
+    for key, value in computed.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{where}: {key} = {config[key]!r}, only {value!r} is computed here")
+
+
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """A path beside `path` to write to; once the body ends well it takes the place of `path`, all or nothing.

@@ -47,8 +47,6 @@ def load_image(image: Image.Image | str | Path) -> Image.Image:
         image = _open(Path(image))
     elif not isinstance(image, Image.Image):
         raise TypeError(f"expected a PIL image or a path, got {type(image).__name__}")
-    if 0 in image.size:
-        raise ValueError(f"the picture is empty: {image.width} x {image.height} pixels")
     return _to_rgb(ImageOps.exif_transpose(image))
 
 

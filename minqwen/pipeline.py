@@ -109,9 +109,7 @@ class QwenImagePipeline:
             raise ValueError(f"{checkpoint.source} is made for {family}; minqwen computes {', '.join(FAMILIES)}")
         template = FAMILIES[family]
         tokenizer = load_tokenizer(checkpoint.folder_of("tokenizer", TOKENIZER_FILES))
-        settings = {}
-        if template is not None:
-            settings = load_image_settings(checkpoint.folder_of("processor", PROCESSOR_FILES))
+        settings = load_image_settings(checkpoint.folder_of("processor", PROCESSOR_FILES)) if template else {}
         kept = {name: part for name, part in PARTS.items() if name not in without}
         parts = {name: checkpoint.load(part, name, device, dtype) for name, part in kept.items()}
         schedule = checkpoint.config("scheduler/scheduler_config.json")
@@ -129,10 +127,14 @@ class QwenImagePipeline:
     def _weight(self) -> torch.Tensor:
         if self.transformer is not None:
             return self.transformer.img_in.weight
-        part = self.vae if self.vae is not None else self.text_encoder
-        if part is None:
-            raise ValueError("this pipeline was opened without any of its parts")
-        return next(part.parameters())
+        return next((self.vae or self.text_encoder).parameters())
+
+    def check_pictures(self, count: int) -> None:
+        """Raise ValueError if this checkpoint cannot change a picture, or not so many at once."""
+        if count and self.edit_template is None:
+            raise ValueError("this checkpoint only draws; open an Edit checkpoint to change pictures")
+        if count > 1 and self.edit_template is EDIT:
+            raise ValueError(f"this checkpoint edits one picture, got {count}; several need Edit-2509 or -2511")
 
     def generate(
         self,
@@ -184,8 +186,7 @@ class QwenImagePipeline:
         images = [load_image(image) for image in (images if isinstance(images, list | tuple) else [images])]
         if not images:
             raise ValueError("there is no picture to edit; to draw from words alone, use generate")
-        if self.edit_template is EDIT and len(images) > 1:
-            raise ValueError(f"this checkpoint edits one picture, got {len(images)}; several need Edit-2509 or -2511")
+        self.check_pictures(len(images))
         walk = (num_inference_steps, generator, latents, callback, progress)
         return self._paint(images, area, prompt, width, height, negative_prompt, true_cfg_scale, *walk)
 
@@ -210,7 +211,7 @@ class QwenImagePipeline:
         scale = self.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
         guided = scale > 1 and negative_prompt is not None
         texts = [prompt, negative_prompt] if guided else [prompt]
-        prompts = [self.encode_prompt(text, conditions or None) for text in texts]
+        prompts = [self.encode_prompt(text, conditions) for text in texts]
         references = [self.encode_image(image) for image in working]
         velocity = self.velocity(prompts, references, width, height, scale)
         with tqdm(total=steps, desc=f"{width}x{height}", disable=not progress) as bar:
@@ -265,12 +266,11 @@ class QwenImagePipeline:
         images: the pictures that a prompt speaks of, at the size at which the text encoder is to see them.
         max_sequence_length cuts prompts without images; a warning says by how much.
         """
-        if images is not None and self.edit_template is None:
-            raise ValueError("this checkpoint only draws; open an Edit checkpoint to change pictures")
         prompts = [prompt] if isinstance(prompt, str) else prompt
         template, pictures = T2I, None
-        if images is not None:
-            images = list(images) if isinstance(images, list | tuple) else [images]
+        if images:
+            images = images if isinstance(images, list | tuple) else [images]
+            self.check_pictures(len(images))
             template, pictures = self.edit_template, [images] * len(prompts)
         tokens = tokenize_prompts(self.tokenizer, prompts, pictures, template, max_sequence_length, self.image_settings)
         inputs = [None if x is None else x.to(self.device) for x in tokens[:4]]

@@ -36,8 +36,7 @@ from tqdm import tqdm
 from minqwen.checkpoint import whole_file
 from minqwen.images import calculate_dimensions, load_image
 from minqwen.pipeline import AREA, PARTS, QwenImagePipeline
-from minqwen.prompt import EDIT, T2I
-from minqwen.tokenizer import IMAGE_PAD
+from minqwen.prompt import T2I
 
 FORMAT = "2"  # raise it when the same files give other numbers, or lie in the file in another way
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # in any case: .JPG too
@@ -86,8 +85,6 @@ def find_sources(img_dir: Folder, control_dir: Folder | Sequence[Folder] | None 
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Path]:
     """Files of a folder by name without the last suffix: "cat.v1.2.png" is "cat.v1.2". Hidden files don't count."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
     found = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file():
@@ -107,10 +104,7 @@ def _tried(read: Callable[[Path], str], path: Path, problems: list[str]) -> str:
 
 def _read_caption(path: Path) -> str:
     """Without white space at its ends: an editor's last line break would be a token that no prompt has later."""
-    caption = path.read_text(encoding="utf-8-sig").strip()
-    if IMAGE_PAD in caption:
-        raise ValueError(f"holds {IMAGE_PAD}, which stands for a picture")
-    return caption
+    return path.read_text(encoding="utf-8-sig").strip()
 
 
 def _digest(path: Path) -> str:
@@ -136,8 +130,8 @@ def encode_sample(pipe: QwenImagePipeline, source: Source, area: int) -> Sample:
     target, *controls = map(_open_unchanged, source.pictures, source.digests)
     (target,), _ = pipe.resize_references([target], area)
     references, conditions = pipe.resize_references(controls, area)  # the text encoder may look at smaller ones
-    embeds, _ = pipe.encode_prompt(source.caption, conditions or None)
-    empty, _ = pipe.encode_prompt(EMPTY, conditions or None)
+    embeds, _ = pipe.encode_prompt(source.caption, conditions)
+    empty, _ = pipe.encode_prompt(EMPTY, conditions)
     latents = pipe.encode_image(target)
     # a copy made out here may enter autograd; what comes out of inference_mode may not
     control = tuple(pipe.encode_image(image).clone().cpu() for image in references)
@@ -271,16 +265,8 @@ def precompute(
     if pipe.vae is None or pipe.text_encoder is None:
         raise ValueError("precompute needs the vae and the text encoder: only the transformer may be left out")
     sources = find_sources(img_dir, control_dir)
-    _refuse_controls(pipe, sources)
+    pipe.check_pictures(len(sources[0].pictures) - 1)
     return _precompute(pipe, sources, cache_dir, area or pipe.area, progress, prune)
-
-
-def _refuse_controls(pipe: QwenImagePipeline, sources: list[Source]) -> None:
-    count = len(sources[0].pictures) - 1
-    if count and pipe.edit_template is None:
-        raise ValueError("this checkpoint only draws: leave control_dir out, or open an Edit checkpoint")
-    if count > 1 and pipe.edit_template is EDIT:
-        raise ValueError(f"this checkpoint edits one picture, got {count}; several need Edit-2509 or -2511")
 
 
 def _precompute(pipe, sources: list[Source], cache_dir, area: int, progress: bool, prune: bool) -> Precomputed:
@@ -324,10 +310,8 @@ def _locked(folder: Path):
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m minqwen.precompute",
-        description="Encode a training set once and keep it on disk. Run again, it goes on and encodes what is new.",
-    )
+    purpose = "Encode a training set once and keep it on disk. Run again, it goes on and encodes what is new."
+    parser = argparse.ArgumentParser("python -m minqwen.precompute", description=purpose)
     add = parser.add_argument
     add("images", metavar="IMAGES", help="folder of target pictures (.png .jpg .jpeg .webp) with .txt captions beside")
     add("--control", metavar="DIR", nargs="+", help="folders of Picture 1, Picture 2, ..., same names (none: draw)")
@@ -341,14 +325,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         sources = find_sources(args.images, args.control)  # before minutes are spent on loading a model
-        _refuse_controls(QwenImagePipeline.from_pretrained(args.model, without=tuple(PARTS)), sources)
+        light = QwenImagePipeline.from_pretrained(args.model, without=tuple(PARTS))
+        light.check_pictures(len(sources[0].pictures) - 1)
         dtype = getattr(torch, args.dtype) if args.dtype else None
         pipe = QwenImagePipeline.from_pretrained(args.model, args.device, dtype, without="transformer")
         done = _precompute(pipe, sources, args.cache, args.area or pipe.area, not args.quiet, args.prune)
     except (ValueError, OSError, KeyboardInterrupt) as error:
         raise SystemExit(f"precompute: {str(error) or 'interrupted; run it again to go on'}") from None
-    size = sum(file.stat().st_size for file in set(done.kept)) / 1e6
-    print(f"{len(done)} samples in {args.cache}: {done.computed} computed, {done.reused} reused, {size:.1f} MB")
+    print(f"{len(done)} samples in {args.cache}: {done.computed} computed, {done.reused} reused")
     if others := set(Path(args.cache).glob("*.safetensors")) - set(done.kept):
         print(f"{len(others)} more files there belong to no sample of this run; --prune deletes them")
 

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minqwen.tokenizer import IMAGE_PAD, PAD
 from minqwen.vision import image_patches
@@ -92,11 +92,9 @@ def tokenize_prompts(
     rows = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
     if template.picture is None:
         rows = _truncate(rows, template.drop, max_sequence_length)
-    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.token_to_id(PAD))
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for n, row in enumerate(rows):
-        ids[n, : len(row)] = torch.tensor(row)
-        mask[n, : len(row)] = True
+    rows = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.token_to_id(PAD))
+    mask = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
     if not grids:
         return TokenizedPrompts(ids, mask, None, None, template.drop)
     return TokenizedPrompts(ids, mask, torch.cat(patches), torch.tensor(grids), template.drop)
@@ -145,13 +143,9 @@ def pad_prompts(prompts: Sequence[Prompt]) -> Prompt:
 
     Each is (embeds (b, n, C), mask (b, n) or None); the result's mask is None where all are equally long and valid.
     """
-    longest = max(embeds.shape[1] for embeds, _ in prompts)
-    padded, masks = [], []
+    rows, masks = [], []
     for embeds, mask in prompts:
-        if mask is None:
-            mask = embeds.new_ones(embeds.shape[:2], dtype=torch.bool)
-        behind = longest - embeds.shape[1]
-        padded.append(F.pad(embeds, (0, 0, 0, behind)))
-        masks.append(F.pad(mask, (0, behind)))
-    mask = torch.cat(masks)
-    return torch.cat(padded), None if bool(mask.all()) else mask
+        rows.extend(embeds)
+        masks.extend(embeds.new_ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask)
+    mask = pad_sequence(masks, batch_first=True)
+    return pad_sequence(rows, batch_first=True), None if bool(mask.all()) else mask

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from minqwen.checkpoint import refuse_uncomputed
 from minqwen.vision import Qwen2_5_VLVisionTower, RMSNorm, SwiGLU, inverse_frequencies, rotate
 
 
@@ -132,12 +133,7 @@ def mrope_positions(
     return step.cumsum(1) - step + inside  # the steps of all tokens before, and the place in the image
 
 
-COMPUTED = {  # what text_encoder/config.json may say of these; the first is meant where it says nothing
-    "model_type": ("qwen2_5_vl", "qwen2_5_vl_text"),
-    "hidden_act": ("silu",),
-    "use_sliding_window": (False,),
-    "rope_type": ("default", "mrope"),
-}
+COMPUTED = {"model_type": "qwen2_5_vl", "hidden_act": "silu", "use_sliding_window": False, "rope_type": "default"}
 
 
 def read_config(config: dict) -> tuple[dict, dict, int]:
@@ -151,11 +147,9 @@ def read_config(config: dict) -> tuple[dict, dict, int]:
     keys = {key: value for key, value in nested.items() if value is not None}
     keys |= {key: value for key, value in config.items() if value is not None}
     rope = keys.get("rope_scaling") or keys.get("rope_parameters") or {}
-    keys |= {"rope_type": rope.get("rope_type") or rope.get("type") or "default"}
-    for key, computed in COMPUTED.items():
-        value = keys.get(key, computed[0])
-        if value not in computed:
-            raise ValueError(f"text_encoder/config.json: {key} = {value!r}, only {computed[0]!r} is computed here")
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    keys |= {"rope_type": "default" if rope_type == "mrope" else rope_type}  # two names of one thing
+    refuse_uncomputed(keys, COMPUTED, "text_encoder/config.json")
     known = inspect.signature(Qwen2_5_VLTextModel).parameters
     text = {key: value for key, value in (keys | rope).items() if key in known and value is not None}
     return text, keys.get("vision_config", {}), keys.get("image_token_id", 151655)
@@ -181,7 +175,6 @@ class Qwen2_5_VLTextEncoder(nn.Module):
         self.model = Qwen2_5_VLTextModel(**text)
         self.visual = Qwen2_5_VLVisionTower(**vision)
         self.vocab_size, self.hidden_size = self.model.embed_tokens.weight.shape
-        self.spatial_merge_size = self.visual.spatial_merge_size
         if (width := self.visual.merger.mlp[2].out_features) != self.hidden_size:
             raise ValueError(f"vision_config's out_hidden_size is {width}, hidden_size is {self.hidden_size}")
         self.register_load_state_dict_pre_hook(_use_released_names)
@@ -202,7 +195,7 @@ class Qwen2_5_VLTextEncoder(nn.Module):
         """
         if (pixel_values is None) != (image_grid_thw is None):
             raise ValueError("pixel_values and image_grid_thw come together: one of them is missing")
-        image, merge = input_ids == self.image_token_id, self.spatial_merge_size
+        image, merge = input_ids == self.image_token_id, self.visual.spatial_merge_size
         count, made = int(image.sum()), 0 if image_grid_thw is None else int(image_grid_thw.prod(-1).sum()) // merge**2
         if count != made:
             raise ValueError(f"input_ids hold {count} image tokens, id {self.image_token_id}; the images make {made}")

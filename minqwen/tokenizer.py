@@ -42,10 +42,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
     else:
-        raise FileNotFoundError(
-            f"no tokenizer in {folder}: expected vocab.json and merges.txt, with the added tokens listed in "
-            "tokenizer_config.json or added_tokens.json; or else tokenizer.json"
-        )
+        released = "vocab.json and merges.txt, the added tokens listed in tokenizer_config.json or added_tokens.json"
+        raise FileNotFoundError(f"no tokenizer in {folder}: expected {released}; or else tokenizer.json")
     if missing := [token for token in NEEDED if tokenizer.token_to_id(token) is None]:
         raise ValueError(f"the tokenizer in {folder} does not list {missing}")
     return tokenizer

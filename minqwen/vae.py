@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from minqwen.checkpoint import refuse_uncomputed
 from minqwen.tiling import tiled
 
 LATENTS_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
 LATENTS_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
                3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+COMPUTED = {"attn_scales": [], "dropout": 0.0, "input_channels": 3}  # keys of a config that may say this only
 
 
 class CausalConv2d(nn.Conv2d):
@@ -247,22 +249,15 @@ class AutoencoderKLQwenImage(nn.Module):
         z_dim: int = 16,  # channels of the latents
         dim_mult: Sequence[int] = (1, 2, 4, 4),  # width of each level, in base_dims; sides halve between
         num_res_blocks: int = 2,  # of a level of the encoder
-        attn_scales: Sequence[float] = (),
         temperal_downsample: Sequence[bool] = (False, True, True),  # [sic] which halvings have a time_conv
-        dropout: float = 0.0,
-        input_channels: int = 3,
         latents_mean: Sequence[float] = LATENTS_MEAN,  # of each channel, over many pictures
         latents_std: Sequence[float] = LATENTS_STD,
-        **other,
+        **others,
     ):
         super().__init__()
-        unknown = [key for key in other if not key.startswith("_")]
-        if unknown:
-            raise ValueError(f"unknown keys in the VAE's config: {', '.join(unknown)}")
-        if input_channels != 3:
-            raise ValueError(f"input_channels must be 3, got {input_channels} (4 is Qwen-Image-Layered)")
-        if attn_scales or dropout:
-            raise ValueError(f"attn_scales must be empty and dropout 0, got {attn_scales} and {dropout}")
+        refuse_uncomputed(others, COMPUTED, "vae/config.json")
+        if unknown := [key for key in others if key not in COMPUTED and not key.startswith("_")]:
+            raise ValueError(f"vae/config.json: unknown keys {', '.join(unknown)}")
         if len(temperal_downsample) != len(dim_mult) - 1:
             raise ValueError(f"{temperal_downsample=} must be one shorter than {dim_mult=}")
         self.factor = 2 ** len(temperal_downsample)  # pixels to a latent, each way: 8
@@ -319,7 +314,5 @@ class AutoencoderKLQwenImage(nn.Module):
 
 
 def _check_single_frame(x: Tensor, channels: int) -> None:
-    if x.ndim != 5 or x.shape[1] != channels:
-        raise ValueError(f"expected (B, {channels}, 1, height, width), got {tuple(x.shape)}")
-    if x.shape[2] != 1:
-        raise ValueError(f"one frame only, got {x.shape[2]}: put separate pictures in the batch instead")
+    if x.ndim != 5 or x.shape[1:3] != (channels, 1):
+        raise ValueError(f"expected pictures (B, {channels}, 1, height, width), one frame, got {tuple(x.shape)}")

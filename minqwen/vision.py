@@ -12,7 +12,6 @@ Chapter 07.
 """
 
 import inspect
-import json
 import math
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +22,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
+
+from minqwen.checkpoint import read_json, refuse_uncomputed
 
 torch.zeros(1, device="cpu").cos()  # by one thread first: rope.py says why
 
@@ -85,16 +86,14 @@ def load_image_settings(folder: str | Path) -> dict:
     """Keywords for `image_patches`, from preprocessor_config.json in `processor/` or transformers 5's
     processor_config.json; what neither says has the released value.
 
-    Raises ValueError for a step that is not computed here.
+    Raises ValueError for a step that is not computed here and for a file that is no JSON.
     """
     folder, config = Path(folder), {}
     for name in ("processor_config.json", "preprocessor_config.json"):  # of two the second counts
         if (folder / name).is_file():
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            config = read_json(folder / name)
     config = {key: value for key, value in config.get("image_processor", config).items() if value is not None}
-    for key, computed in PREPROCESSING.items():
-        if not math.isclose(config.get(key, computed), computed, rel_tol=1e-6):
-            raise ValueError(f"{folder}: {key} = {config[key]!r}, only {computed!r} is computed here")
+    refuse_uncomputed(config, PREPROCESSING, folder)
     size = config.get("size", {})
     found = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")} | config
     known = inspect.signature(image_patches).parameters
@@ -240,14 +239,12 @@ class Qwen2_5_VLVisionTower(nn.Module):
         window_size: int = 112,  # pixels
         fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31),  # blocks that see the whole image
         out_hidden_size: int = 3584,  # the language model's width
-        hidden_act: str = "silu",
         rope_parameters: dict | None = None,  # transformers 5 only: {"rope_type": "axial", "rope_theta": 1e4}
-        **ignored,
+        **others,
     ):
         super().__init__()
         rope = rope_parameters or {}
-        if hidden_act != "silu" or rope.get("rope_type", "axial") != "axial":
-            raise ValueError(f"vision_config: only 'silu' and 'axial' are computed, not {hidden_act!r} and {rope}")
+        refuse_uncomputed(others | rope, {"hidden_act": "silu", "rope_type": "axial"}, "vision_config")
         if hidden_size % (4 * num_heads):
             raise ValueError(f"vision_config: hidden_size {hidden_size} is no multiple of 4 × {num_heads} heads")
         self.spatial_merge_size = spatial_merge_size
@@ -256,8 +253,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.rope_theta = rope.get("rope_theta", 10000.0)
         self.patch_embed = PatchEmbed(hidden_size, in_chans or in_channels, temporal_patch_size, patch_size)
-        sizes = hidden_size, num_heads, intermediate_size
-        self.blocks = nn.ModuleList(VisionBlock(*sizes) for _ in range(depth))
+        self.blocks = nn.ModuleList(VisionBlock(hidden_size, num_heads, intermediate_size) for _ in range(depth))
         self.merger = PatchMerger(hidden_size, out_hidden_size, spatial_merge_size**2)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
@@ -270,8 +266,7 @@ class Qwen2_5_VLVisionTower(nn.Module):
         """
         grids = self._check(pixel_values, grid_thw)
         order, angles, windows, images = self._layout(grids, pixel_values.device)
-        unit = self.spatial_merge_size**2
-        squares = rearrange(self.patch_embed(pixel_values), "(n unit) c -> n unit c", unit=unit)
+        squares = self.patch_embed(pixel_values).unflatten(0, (-1, self.spatial_merge_size**2))
         x = squares[order].flatten(0, 1)
         for i, block in enumerate(self.blocks):
             x = block(x, angles, images if i in self.fullatt_block_indexes else windows)
@@ -288,10 +283,9 @@ class Qwen2_5_VLVisionTower(nn.Module):
 
     def _layout(self, grids: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor, Runs, Runs]:
         """Order of all squares (n,), angles (P, 1, D/2) in that order, runs of windows, runs of images."""
-        layouts = {grid: image_layout(*grid, self.spatial_merge_size, self.window) for grid in set(grids)}
         positions, order, lengths, start = [], [], [], 0
-        for grid in grids:
-            places, squares, windows = layouts[grid]
+        for gh, gw in grids:
+            places, squares, windows = image_layout(gh, gw, self.spatial_merge_size, self.window)
             positions.append(places)
             order.append(start + squares)
             lengths += windows

@@ -152,11 +152,6 @@ def test_what_is_no_picture_is_refused_by_type(wrong):
         load_image(wrong)
 
 
-def test_an_empty_picture_is_refused():
-    with pytest.raises(ValueError, match="empty"):
-        load_image(Image.new("RGB", (0, 5)))
-
-
 # ---- pixels
 
 

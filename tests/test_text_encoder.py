@@ -250,7 +250,7 @@ def test_flat_keys_win_and_the_released_values_are_the_defaults():
             vocab_size=100, text_config={"vocab_size": 200, "num_hidden_layers": 3, "image_token_id": None}
         )
     assert (encoder.vocab_size, len(encoder.model.layers)) == (100, 3)
-    assert (encoder.hidden_size, encoder.image_token_id, encoder.spatial_merge_size) == (3584, 151655, 2)
+    assert (encoder.hidden_size, encoder.image_token_id, encoder.visual.spatial_merge_size) == (3584, 151655, 2)
     assert encoder.model.norm.eps == 1e-6 and encoder.model.rope_theta == 1e6
 
 
