@@ -59,7 +59,8 @@ def ledger(checkpoint=None) -> None:
         line.append(f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB peak GPU memory, {torch.cuda.get_device_name()}")
     if checkpoint is not None:
         line.append(f"{checkpoint.fetched / 1e6:.1f} MB read over the network")
-    line.append(f"{torch.get_num_threads()} threads, {platform.machine()}")
+    threads = torch.get_num_threads()
+    line.append(f"{threads} thread{'s' if threads > 1 else ''}, {platform.machine()}")
     print(" | ".join(line))
 
 
