@@ -27,11 +27,7 @@ class QwenDoubleStreamAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        dim: int = 3072,
-        num_attention_heads: int = 24,
-        attention_head_dim: int = 128,
-        eps: float = 1e-6,
+        self, dim: int = 3072, num_attention_heads: int = 24, attention_head_dim: int = 128, eps: float = 1e-6
     ):
         super().__init__()
         self.heads, inner = num_attention_heads, num_attention_heads * attention_head_dim

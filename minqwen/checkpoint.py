@@ -28,7 +28,7 @@ from minqwen.hub import Repository
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' components, transformers' components
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]*\w")  # owner/name
-BLOCK = re.compile(r"(.*\.)?(transformer_blocks|layers|blocks)\.\d+\.")
+BLOCK = re.compile(r"((.*\.)?(transformer_blocks|layers|blocks)\.\d+\.)?")  # "" of what belongs to no block
 HELD_OPEN = (0.1, 0.2, 0.4, 0.8)  # seconds before each new attempt to replace a file
 
 
@@ -45,10 +45,8 @@ class Checkpoint:
         self.repository = None if self.folder else Repository(self.source, revision)
         remote = REPOSITORY.fullmatch(self.source) and not self.source.endswith((".safetensors", *PICKLED))
         if self.folder is None and (Path(source).exists() or not remote):
-            raise FileNotFoundError(
-                f"{self.source} is neither a folder nor a hub repository 'owner/name'; minqwen reads the released "
-                "layout (model_index.json, transformer/, vae/, text_encoder/, ...), not single weight files"
-            )
+            layout = "in the released layout (model_index.json, transformer/, vae/, text_encoder/, ...)"
+            raise FileNotFoundError(f"{self.source} is neither a folder nor a hub repository 'owner/name' {layout}")
 
     @property
     def fetched(self) -> int:
@@ -77,20 +75,19 @@ class Checkpoint:
 
     def weight_map(self, component: str) -> dict[str, str]:
         """Which file holds which tensor of a component: from its index, or else from the files' own headers."""
-        files, places = self._files(component), {}
+        files = self._files(component)
         if files[0].endswith(".index.json"):
             named = self.config(files[0]).get("weight_map")
-            for name, file in named.items() if isinstance(named, dict) else [("", None)]:
+            for file in named.values() if isinstance(named, dict) else [None]:
                 if not re.fullmatch(r"[^/\\:]+\.safetensors", str(file)):
-                    where = f"the index of {self.source}/{component}"
-                    raise ValueError(f"{where} points to {file!r}; only safetensors files beside it are opened")
-                places[name] = f"{component}/{file}"
-            return places
+                    index = f"{self.source}/{files[0]}"
+                    raise ValueError(f"{index} points to {file!r}; only safetensors files beside it are opened")
+            return {name: f"{component}/{file}" for name, file in named.items()}
+        places = {}
         for file in files:
             for name in self._shapes(file):
                 if places.setdefault(name, file) != file:
-                    both = f"{file} and {places[name]} of {self.source}"
-                    raise ValueError(f"{both} both hold {name}, and no index says which counts: take one away")
+                    raise ValueError(f"{self.source}: {file} and {places[name]} both hold {name}: take one file away")
         return places
 
     def _files(self, component: str) -> list[str]:
@@ -104,16 +101,13 @@ class Checkpoint:
             return usual[:1]
         if found := [name for name in beside if name.endswith(".safetensors")]:
             return found
-        pickled = [name for name in beside if name.endswith(PICKLED)]
-        hint = f"; {pickled} are pickled and never opened, as that could run code" if pickled else ""
-        raise FileNotFoundError(f"{self.source} has no safetensors weights in {component}/{hint}")
+        found = f"found {beside or 'nothing'}; pickled weights are never opened, as that could run code"
+        raise FileNotFoundError(f"{self.source} has no safetensors weights in {component}/, {found}")
 
     def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
         """Names and shapes of all tensors of a component, from its files' headers alone: no weight is read."""
-        shapes = {}
-        for file in sorted(set(self.weight_map(component).values())):
-            shapes |= self._shapes(file)
-        return shapes
+        files = sorted(set(self.weight_map(component).values()))
+        return {name: shape for file in files for name, shape in self._shapes(file).items()}
 
     def _shapes(self, file: str) -> dict[str, tuple[int, ...]]:
         if self._far(file):
@@ -141,13 +135,12 @@ class Checkpoint:
         hub read by byte ranges. None is held here: whoever drops it (`del`) before the next needs memory for one.
         """
         places, blocks = self.weight_map(component), {}
-        for name in places:
-            block = BLOCK.match(name)
-            blocks.setdefault(block[0] if block else "", []).append(name)
+        for name, file in places.items():
+            blocks.setdefault(BLOCK.match(name)[0], {})[name] = file
         if self.repository is not None:
             self.repository.announce(f"{component}/*", places)
         for prefix in sorted(blocks, key=lambda prefix: (len(prefix), prefix)):  # 2 before 10
-            yield prefix, self._read({name: places[name] for name in blocks[prefix]}, by_ranges=True)
+            yield prefix, self._read(blocks[prefix], by_ranges=True)
 
     def _far(self, file: str) -> bool:
         return self.repository is not None and not self.repository.cached(file)
@@ -179,7 +172,7 @@ class Checkpoint:
         """A component as a module in evaluation mode, its weights strictly by name and shape.
 
         device, dtype (None: as stored): one for all tensors, or by the prefixes of their names, of which the longest
-        counts: {"": "cpu", "transformer_blocks.": "cuda"}. Raises ValueError that lists the missing, the unexpected and
+        counts: {"": "cpu", "transformer_blocks.": "cuda"}. Raises ValueError that names the missing, the unexpected and
         the misshapen tensors.
         """
         with torch.device("meta"):
@@ -192,22 +185,20 @@ class Checkpoint:
 
 
 def assign(module: nn.Module, tensors: dict[str, torch.Tensor], where: str = "these weights") -> None:
-    """Put tensors into a module built on the meta device, strictly; a ValueError lists all that does not fit."""
+    """Put tensors into a module built on the meta device, strictly; a ValueError names what does not fit."""
     try:
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{where} do not fit {type(module).__name__}: {_shortened(str(error))}") from None
+        told = "\n".join(line[:600] for line in str(error).splitlines()[:12])  # of 1,933 tensors the first will do
+        raise ValueError(f"{where} do not fit {type(module).__name__}: {told}") from None
 
 
 def read_json(path: Path) -> dict:
     """The JSON object in a small file. Raises ValueError that names the file if it holds anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): fetch it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, found {type(found).__name__}")
-    return found
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds no JSON object ({error}): fetch it again") from None
 
 
 def refuse_uncomputed(config: dict, computed: dict, where: str) -> None:
@@ -258,8 +249,3 @@ def _choice(choice, name: str):
     if not fitting:
         raise ValueError(f"{sorted(choice)} name no device or dtype for {name}: add the prefix '' for all others")
     return choice[max(fitting, key=len)]
-
-
-def _shortened(message: str, lines: int = 12, width: int = 600) -> str:
-    kept = [line if len(line) <= width else line[:width] + " ..." for line in message.splitlines()]
-    return "\n".join(kept[:lines] + ([f"... and {len(kept) - lines} lines more"] if len(kept) > lines else []))

@@ -11,11 +11,12 @@ which bytes they are, and is looked at before the first of them is read. Tests: 
 import json
 import math
 import time
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.errors import HTTPError as NetworkError  # of httpx or httpx2, as huggingface_hub's version has it
 from huggingface_hub.utils import build_hf_headers, get_session
 from tqdm import tqdm
@@ -49,22 +50,17 @@ class Repository:
             return Path(cached)
         try:
             return Path(hf_hub_download(self.name, file, revision=self.revision))
-        except LocalEntryNotFoundError as error:
-            raise ConnectionError(f"cannot reach the hub for {file} of {self.name}: {error}") from None
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:
             return None
         except HfHubHTTPError as error:
             raise FileNotFoundError(f"cannot read {self.name} on the hub: {error}") from None
-        except (NetworkError, RuntimeError) as error:  # hf_xet, which downloads for huggingface_hub, has no own errors
-            raise ConnectionError(f"the download of {file} of {self.name} broke off: {error}; run it again") from None
+        except (LocalEntryNotFoundError, NetworkError, RuntimeError) as error:  # the last is hf_xet's, which downloads
+            raise ConnectionError(f"cannot download {file} of {self.name}: {error}; run it again to go on") from None
 
     def first(self, files: list[str]) -> list[str]:
         """The first of these files that exists; what is on this disk goes before what must be asked for."""
-        for there in (self.cached, self._exists):
-            for file in files:
-                if there(file):
-                    return [file]
-        return []
+        found = chain(filter(self.cached, files), filter(self._exists, files))  # lazily: asks no more than it must
+        return list(islice(found, 1))
 
     def _exists(self, file: str) -> bool:
         if not file.endswith(".safetensors"):
@@ -78,8 +74,7 @@ class Repository:
         """What a safetensors file holds: name -> dtype, shape and data_offsets, here counted from the file's start."""
         if file not in self.tables:
             length = int.from_bytes(self.fetch(file, 0, 8), "little")
-            inside = 2 <= length <= 100_000_000  # the format's own limit
-            header = self.fetch(file, 8, 8 + length) if inside else b""
+            header = self.fetch(file, 8, 8 + length) if 2 <= length <= 100_000_000 else b""  # the format's own limits
             try:
                 table = json.loads(header)
                 table.pop("__metadata__", None)
@@ -93,23 +88,22 @@ class Repository:
 
     def announce(self, what: str, places: dict[str, str]) -> None:
         """Before tensors (name -> its file) come: how much it will be. Says nothing if all are on this disk."""
-        absent = {file for file in places.values() if not self.cached(file)}
-        sizes = []
-        for name, file in places.items():
-            if file in absent:
-                if name not in self.table(file):
-                    raise ValueError(f"{self.name}/{file} does not match its index: it has no {name}")
-                start, stop = self.table(file)[name]["data_offsets"]
-                sizes.append(stop - start)
-        if sizes:
-            size = f"{sum(sizes) / 1e9:.2f} GB" if sum(sizes) >= 1e8 else f"{sum(sizes) / 1e6:.2f} MB"
-            print(f"{what}: {len(sizes)} tensors, {size} from {self.name}", flush=True)
+        absent = {file for file in set(places.values()) if not self.cached(file)}
+        ranges = [self._entry(file, name)["data_offsets"] for name, file in places.items() if file in absent]
+        if ranges:
+            size = tqdm.format_sizeof(sum(stop - start for start, stop in ranges), "B")
+            print(f"{what}: {len(ranges)} tensors, {size} from {self.name}", flush=True)
+
+    def _entry(self, file: str, name: str) -> dict:
+        if name not in self.table(file):
+            raise ValueError(f"{self.name}/{file} does not match its index: it has no {name}")
+        return self.table(file)[name]
 
     def tensors(self, file: str, names: list[str]) -> dict[str, torch.Tensor]:
         """Tensors of a file by byte ranges, as stored."""
         tensors = {}
         for name in tqdm(names, desc=file, unit=" tensors", leave=False):
-            entry = self.table(file)[name]
+            entry = self._entry(file, name)
             tensors[name] = _tensor(name, self.fetch(file, *entry["data_offsets"]), entry)
         return tensors
 

@@ -38,10 +38,8 @@ def read_lora(file: str | os.PathLike | dict[str, torch.Tensor], model: nn.Modul
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found, unmatched = sort_keys(tensors, layers)
     if not found:
-        raise ValueError(
-            f"none of the file's {len(tensors)} keys fits {type(model).__name__}: the file has {some(tensors)}, "
-            f"the model {some(layers)}. Is it a LoRA for another model?"
-        )
+        theirs, ours = some(tensors), some(layers)
+        raise ValueError(f"is it for another model? Its keys ({theirs}) fit none of {type(model).__name__} ({ours})")
     return {name: adapter_of(name, parts, layers[name], config) for name, parts in found.items()}, unmatched
 
 
@@ -54,11 +52,9 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is no whole safetensors file ({error}); pickled files are never opened") from None
-    if METADATA in metadata:
-        config = json.loads(metadata[METADATA])
-        return tensors, {key.removeprefix("transformer."): value for key, value in config.items()}
     beside = path.with_name("adapter_config.json")
-    return tensors, json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    text = metadata.get(METADATA) or (beside.read_text(encoding="utf-8") if beside.is_file() else "{}")
+    return tensors, {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}
 
 
 def sort_keys(tensors: dict, layers: dict) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
@@ -68,9 +64,8 @@ def sort_keys(tensors: dict, layers: dict) -> tuple[dict[str, dict[str, torch.Te
     for key, tensor in tensors.items():
         ending = next((e for e in ENDINGS if key.endswith(e)), "")
         name = key.removesuffix(ending)
-        while name.startswith(PREFIXES):
-            for prefix in PREFIXES:
-                name = name.removeprefix(prefix)
+        while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
+            name = name.removeprefix(prefix)
         if ending and name in names:
             found.setdefault(names[name], {})[ENDINGS[ending]] = tensor
         else:
@@ -84,10 +79,8 @@ def adapter_of(name: str, parts: dict[str, torch.Tensor], layer: nn.Linear, conf
         raise ValueError(f"{name} has only {' and '.join(sorted(parts))} in this file: it is cut off, fetch it again")
     down, up = parts["down"], parts["up"]
     if down.shape != (len(down), layer.in_features) or up.shape != (layer.out_features, len(down)):
-        raise ValueError(
-            f"{name}: expected (rank, {layer.in_features}) and ({layer.out_features}, rank), "
-            f"got {tuple(down.shape)} and {tuple(up.shape)}. Is it a LoRA for a model of another size?"
-        )
+        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+        raise ValueError(f"{name}: {shapes} do not fit {layer}: is it a LoRA for a model of another size?")
     return down, up, scale_of(name, parts.get("alpha"), len(down), config)
 
 

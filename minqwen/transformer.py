@@ -71,14 +71,11 @@ class QwenImageTransformer2DModel(nn.Module):
         zero_cond_t: bool = False,  # Edit-2511: reference pictures are modulated as if at noise 0
         **other_keys,
     ):
+        given = locals() | other_keys  # before any other name is bound here
         super().__init__()
         _check_config(other_keys, axes_dims_rope, attention_head_dim)
-        self.config = {key: value for key, value in other_keys.items() if not key.startswith("_")} | {
-            "patch_size": patch_size, "in_channels": in_channels, "out_channels": out_channels,
-            "num_layers": num_layers, "attention_head_dim": attention_head_dim,
-            "num_attention_heads": num_attention_heads, "joint_attention_dim": joint_attention_dim,
-            "axes_dims_rope": axes_dims_rope, "zero_cond_t": zero_cond_t,
-        }  # fmt: skip
+        ours = ("self", "other_keys")
+        self.config = {key: value for key, value in given.items() if key not in ours and not key.startswith("_")}
         self.zero_cond_t = zero_cond_t
         dim = num_attention_heads * attention_head_dim
         self.pos_embed = QwenEmbedRope(10000, tuple(axes_dims_rope), scale_rope=True)
@@ -114,13 +111,11 @@ class QwenImageTransformer2DModel(nn.Module):
         shapes = _common_shapes(hidden_states, img_shapes)
         img = self.img_in(hidden_states)
         txt = self.txt_in(self.txt_norm(encoder_hidden_states))
+        of_blocks, of_exit = modulations or ([None] * len(self.transformer_blocks), None)
+        temb = exit_temb = None
         if modulations is None:  # each block makes its own of temb, and so does the exit
             temb = self.embed_timestep(timestep, img)
             exit_temb = temb[: len(timestep)]  # not the rows of noise 0
-            of_blocks, of_exit = [None] * len(self.transformer_blocks), None
-        else:
-            temb = exit_temb = None
-            of_blocks, of_exit = modulations
         rotary = self.pos_embed(shapes, txt.shape[1], img.device)
 
         target_tokens = prod(shapes[0])
@@ -148,8 +143,7 @@ def _check_config(other_keys: dict, axes_dims_rope: tuple[int, int, int], attent
     for key, model in OTHER_MODELS.items():
         if other_keys.get(key):
             raise ValueError(f"config key {key}=true belongs to {model}, which minqwen does not compute")
-    known = (*OTHER_MODELS, *UNREAD_KEYS)
-    unknown = [key for key in other_keys if not key.startswith("_") and key not in known]
+    unknown = [key for key in other_keys if key not in (*OTHER_MODELS, *UNREAD_KEYS) and not key.startswith("_")]
     if unknown:
         raise ValueError(f"unknown transformer config keys {unknown}: a variant that minqwen does not know")
     if sum(axes_dims_rope) != attention_head_dim:

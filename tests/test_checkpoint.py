@@ -147,7 +147,7 @@ def test_a_tensor_that_two_files_hold_is_refused(sharded):
     (sharded / f"{STEM}.index.json").unlink()
     first = min(sharded.glob("*.safetensors"))
     (sharded / "other.safetensors").write_bytes(first.read_bytes())
-    both = f"transformer/other.safetensors and transformer/{first.name} .*both hold .*: take one away"
+    both = f"transformer/other.safetensors and transformer/{first.name} .*both hold .*: take one file away"
     with pytest.raises(ValueError, match=both):
         load(sharded)
     first.unlink()
@@ -314,7 +314,7 @@ def test_an_index_without_a_map_is_refused(sharded, index):
 def test_pickled_weights_are_never_opened(single, name):
     (single / STEM).unlink()
     (single / name).write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
-    with pytest.raises(FileNotFoundError, match=f"{name}.* pickled and never opened"):
+    with pytest.raises(FileNotFoundError, match=f"{name}.* pickled weights are never opened"):
         load(single)
 
 
