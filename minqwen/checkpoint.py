@@ -4,7 +4,7 @@
 
 A module is built on the meta device, where it costs nothing; its tensors are mapped from the files and assigned,
 strictly by name and shape. What a repository holds is downloaded, or read by byte ranges where only parts are wanted
-(hub.py). Here is also `whole_file`, the one way in which minqwen writes a file: all or nothing.
+(hub.py). Here is also `whole_file`, by which minqwen writes every file that it reads again: all or nothing.
 The surprise: the number of shards differs between releases (9 or 5); only the index knows which file holds what.
 Pickled weights (.bin, .pt) are never opened: unpickling runs code. Tests: tests/test_checkpoint.py. Chapter 05.
 """

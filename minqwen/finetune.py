@@ -281,7 +281,8 @@ def save_result(pipe: QwenImagePipeline, folder: Path, rank: int | None) -> None
     folder = folder / "transformer"
     folder.mkdir(exist_ok=True)
     config = {"_class_name": type(pipe.transformer).__name__} | pipe.transformer.config
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with whole_file(folder / "config.json") as path:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     with whole_file(folder / "diffusion_pytorch_model.safetensors") as path:
         save_file(pipe.transformer.state_dict(), path, {"format": "pt"})
 

@@ -135,7 +135,7 @@ def load_lora(model: nn.Module, file: str | os.PathLike | dict[str, torch.Tensor
 
     file: a .safetensors of diffusers, PEFT (adapter_config.json beside it is read), ai-toolkit, lightx2v, kohya and
     musubi or DiffSynth; or its tensors. The file's scale is alpha / rank of its alpha tensors, else of its metadata,
-    else 1. Warns of keys that fit nothing. Raises ValueError when no key fits, when shapes or halves are missing,
+    else 1. Warns of keys that fit nothing. Raises ValueError when no key fits, when a half is missing or does not fit,
     for LoKr, LoHa and DoRA, and for a model that has adapters already. Source: QwenImageLoraLoaderMixin; peft.
     """
     _refuse_a_second(model)

@@ -29,7 +29,7 @@ METADATA = "lora_adapter_metadata"  # where diffusers keeps rank and alpha, as J
 def read_lora(file: str | os.PathLike | dict[str, torch.Tensor], model: nn.Module) -> tuple[dict, list[str]]:
     """The adapters that a file has for the layers of a model, and the keys that fit nothing.
 
-    Raises ValueError when no key fits, when shapes or halves are missing, and for LoKr, LoHa and DoRA.
+    Raises ValueError when no key fits, when a half is missing or does not fit, and for LoKr, LoHa and DoRA.
     """
     tensors, config = (file, {}) if isinstance(file, dict) else read_tensors(Path(file))
     for mark, kind in REFUSED.items():

@@ -104,9 +104,9 @@ class QwenImageTransformer2DModel(nn.Module):
         hidden_states: packed latents (B, Ni, 64), target first, then references;
         encoder_hidden_states: prompt embeddings (B, Nt, 3584); encoder_hidden_states_mask (B, Nt) or None;
         timestep (B,): sigma in [0, 1]; img_shapes: for each sample the (frames, h, w) in tokens of target and
-        references, the same for all samples of a batch; modulations: what the noise level says, ready-made as
-        `modulations` gives it (for one level, if all samples have it), and then timestep is not read and no layer
-        that makes it is run  ->  (B, Ni, 64). Raises ValueError on a mismatch.
+        references, the same for all samples of a batch; modulations: what the noise level says, made before by
+        `modulations`, of one row if all samples have the same level. With them timestep is not read, and the layers
+        that make them do not run  ->  (B, Ni, 64). Raises ValueError on a mismatch.
         """
         shapes = _common_shapes(hidden_states, img_shapes)
         img = self.img_in(hidden_states)
@@ -124,7 +124,7 @@ class QwenImageTransformer2DModel(nn.Module):
         return self.proj_out(self.norm_out(img, exit_temb, of_exit))
 
     def embed_timestep(self, timestep: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
-        """temb: sigma (B,), any tensor of the dtype to compute in -> (B, C); zero_cond_t: (2B, C), noise 0 behind."""
+        """sigma (B,) -> temb (B, C) in the dtype of hidden_states; zero_cond_t: (2B, C), the rows of noise 0 behind."""
         if timestep is None:
             raise ValueError("timestep is missing: pass the noise level of each sample, (B,), in [0, 1]")
         if self.zero_cond_t:

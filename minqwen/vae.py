@@ -230,7 +230,7 @@ class Posterior:
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Latents drawn at random on the generator's device, as diffusers draws them: what training uses."""
+        """Latents drawn at random on the generator's device, as diffusers draws them."""
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean.device)
@@ -240,7 +240,7 @@ class AutoencoderKLQwenImage(nn.Module):
     """Encodes and decodes single pictures. Keywords are the keys of the released vae/config.json.
 
     ValueError for a key that it does not know (those that begin with `_` are the file's own notes), and for
-    values that no released picture VAE has: attn_scales, dropout, the four channels of Qwen-Image-Layered.
+    values that the VAE of Qwen-Image does not have: attn_scales, dropout, the four channels of Qwen-Image-Layered.
     """
 
     def __init__(
