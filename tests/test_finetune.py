@@ -428,6 +428,7 @@ def pairs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_training_on_the_cache_equals_training_on_fresh_embeddings(pairs):
     logs, states = [], []
     for cached in (True, False):

@@ -72,6 +72,7 @@ def test_edits_equal_diffusers(rng, pipe, monkeypatch, size):
     assert levels(pipe.edit(image, instruction, area=area, **options, progress=False), want) <= 1
 
 
+@pytest.mark.slow
 def test_a_full_guided_edit_equals_diffusers(rng, pipe, monkeypatch):
     edit = sample_edit(np.random.default_rng(rng.randrange(10**6)))
     options = {"true_cfg_scale": 4.0, "num_inference_steps": 20, "latents": noise(64, 64)}
@@ -95,6 +96,7 @@ def test_edits_of_several_pictures_equal_diffusers(rng, monkeypatch, count):
     assert levels(pipe.edit(images, "swap them", area=area, **options, progress=False), want) <= 1
 
 
+@pytest.mark.slow
 def test_the_adapter_for_two_pictures_equals_diffusers(rng, monkeypatch):
     pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu", dtype=torch.float32)
     pipe.edit_template = EDIT_PLUS

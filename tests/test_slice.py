@@ -96,6 +96,7 @@ def slice_code(path: Path) -> str:
     return "\n\n".join(code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_a_chapters_slice_is_read_by_byte_range(path, hub, chapter, capsys):
     exec(compile(slice_code(path), path.name, "exec"), vars(chapter))

@@ -61,6 +61,7 @@ def tasks(gen, count: int, world=WORLD) -> list:
 # ------------------------------------------------------------------------------------------------------- scenes
 
 
+@pytest.mark.slow
 def test_a_picture_shows_its_things_in_their_places():
     scene = Scene("white", (Thing("cat", "top left"), Thing("car", "bottom right", "blue", "small")))
     picture = draw_array(scene)
@@ -76,6 +77,7 @@ def test_a_picture_shows_its_things_in_their_places():
     }
 
 
+@pytest.mark.slow
 def test_every_thing_is_read_in_every_colour_and_size_on_every_ground():
     places = len(PLACES)
     looks = [(n, c, s) for n in THINGS for c in (COLOURS if n in COLOURED else [None]) for s in ("small", "large")]

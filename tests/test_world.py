@@ -399,6 +399,7 @@ def test_a_world_without_anything_to_ask_for_says_so(gen, kind, monkeypatch):
         sample_edit(gen, kind, world)
 
 
+@pytest.mark.slow
 def test_the_judge_knows_two_picture_edits(gen):
     """The true picture passes, so do slightly worse ones; neither given picture does, nor a near miss."""
     for _ in range(40):
