@@ -16,7 +16,7 @@ import timings
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = sorted((ROOT / "minqwen").rglob("*.py"))
-READMES = [path for place in ("", "notebooks/", "data/", "data/*/") for path in sorted(ROOT.glob(f"{place}README.md"))]
+READMES = sorted(path for place in ("", "[a-z]*/", "data/*/") for path in ROOT.glob(f"{place}README.md"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 IMPORTED_AS = {"pillow": "PIL", "huggingface-hub": "huggingface_hub"}
