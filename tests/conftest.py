@@ -15,7 +15,7 @@ import torch
 
 # The environment carries the seed to the workers, which would each draw another one.
 SEED = int(os.environ.setdefault("MINQWEN_SEED", str(random.SystemRandom().randrange(2**31))))
-WORKER_MEMORY = 1.5e9  # bytes: a worker with PyTorch and diffusers, the largest test, a notebook's kernel beside it
+WORKER_MEMORY = 2e9  # bytes: PyTorch and diffusers, the largest test, the kernel of a notebook
 COMPARES = re.compile(r"^(?:from|import) (?:diffusers|transformers|peft|reference_pipelines)\b", re.MULTILINE)
 LEFT_OUT = []
 if any(find_spec(name) is None for name in ("diffusers", "transformers", "peft")):
