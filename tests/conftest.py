@@ -48,16 +48,26 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Notebooks first, the longest before all, then files with slow tests: what each worker does last is short."""
+    """Every worker begins with notebooks, the longest first; short tests come last, when one may help the other.
+
+    xdist gives each worker an equal run of this list to begin with.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
+    notebooks = sorted((item for item in items if item.path.suffix == ".ipynb"), key=_seconds, reverse=True)
+    tests = sorted((item for item in items if item.path.suffix != ".ipynb"), key=lambda item: item.path not in slow)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    total, ordered = len(items), []
+    for k in range(workers):
+        mine = notebooks[k::workers]
+        share = total * (k + 1) // workers - total * k // workers - len(mine)
+        ordered += mine + tests[:share]
+        tests = tests[share:]
+    items[:] = ordered + tests
 
-    def rank(item) -> tuple[int, float]:
-        if item.path.suffix != ".ipynb":
-            return (1 if item.path in slow else 2), 0
-        took = re.findall(r"tier tiny \| (\d+) s", item.path.read_text(encoding="utf-8"))  # the ledger of its outputs
-        return 0, -max(map(float, took), default=0)
 
-    items.sort(key=rank)
+def _seconds(item) -> float:
+    """What a notebook took when its outputs were made: the ledger in them says it."""
+    return max(map(float, re.findall(r"tier tiny \| (\d+) s", item.path.read_text(encoding="utf-8"))), default=0)
 
 
 @pytest.fixture(autouse=True)
