@@ -55,7 +55,7 @@ lab: setup
 check: setup-test
 	@$(PY) -m ruff check .
 	@$(PY) notebooks/tools.py --check
-	@$(PY) -m pytest $(parallel) --durations=10 -m "not slow" $(TEST_ARGS)
+	@$(PY) -m pytest $(parallel) -p no:nbmake --durations=10 -m "not slow" $(TEST_ARGS)
 
 test: setup-test
 	@echo "1 of 2: checking the style of library, tests and notebooks (ruff)."

@@ -177,6 +177,7 @@ def test_every_check_has_three_stored_wrong_answers(number):
     assert all(len(cases) >= 3 for cases in wrong.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "key", "words", "answer"), wrong_answers())
 def test_a_wrong_answer_fails_with_its_diagnosis(number, key, words, answer, in_solutions):
     with pytest.raises(checks.Wrong, match=re.escape(words)):

@@ -204,6 +204,7 @@ def test_only_adapters_move_and_the_base_may_be_bfloat16():
     assert {v.dtype for v in lora_state(pipe.transformer).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_it_learns():
     """One sample, over and over: the loss falls by a third at least."""
     options = {"steps": 30, "lr": 4e-2, "rank": 0, "batch_size": 8, "caption_dropout": 0.0, "progress": False}
@@ -212,6 +213,7 @@ def test_it_learns():
     assert last < 0.67 * first, (first, last)
 
 
+@pytest.mark.slow
 def test_full_finetuning_moves_all_weights_in_float32_and_is_saved_as_released(tmp_path):
     pipe = QwenImagePipeline.from_pretrained(TINY, "cpu", torch.bfloat16, without=("text_encoder", "vae"))
     before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
@@ -263,6 +265,7 @@ def test_a_seed_gives_the_same_run_whatever_else_draws_numbers():
     assert equal(states[0], states[1]) and not equal(states[0], states[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [2, 0])
 def test_a_run_that_stops_goes_on_to_the_same_bits(tmp_path, rank):
     options = QUICK | {"rank": rank, "steps": 9, "save_every": 2}
@@ -299,6 +302,7 @@ def outcome(folder: Path) -> tuple:
     return (folder / LOG).read_bytes(), tensors, words
 
 
+@pytest.mark.slow
 def test_stopped_at_any_replacement_of_a_file_it_ends_in_the_same_bits(tmp_path, monkeypatch):
     """Two saves of a log and a state, then the adapters: before each the run stops once, and goes on."""
     options, replace, calls = QUICK | {"steps": 2, "save_every": 1}, os.replace, []
@@ -440,6 +444,7 @@ def test_training_on_the_cache_equals_training_on_fresh_embeddings(pairs):
     assert logs[0] == logs[1] and equal(*states)
 
 
+@pytest.mark.slow
 def test_the_command_trains_saves_previews_and_goes_on(pairs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(library, "picture_preview", partial(picture_preview, num_inference_steps=2))
     arguments = [pairs / "cache", "--out", tmp_path / "out", "--model", TINY, "--device", "cpu", "--steps", 2,
@@ -475,6 +480,7 @@ def test_every_setting_is_an_option_of_the_command(capsys):
     assert all(each.metadata["help"][:20] in text for each in fields(Settings))
 
 
+@pytest.mark.slow
 def test_the_preview_does_not_touch_the_run(pairs, tmp_path):
     states = []
     for shown in (True, False):

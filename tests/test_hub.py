@@ -208,6 +208,7 @@ def test_a_download_that_its_own_library_breaks_off(hub, monkeypatch):
         Checkpoint("owner/name").config("vae/config.json")
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     hub.stop()
     with pytest.raises(ConnectionError, match="transformer/config.json of owner/name"):

@@ -161,6 +161,7 @@ def in_layout(model, layout):
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_read_at_its_scale(pair, rng, tmp_path, layout):
     reference, model, inputs = pair

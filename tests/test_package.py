@@ -184,6 +184,7 @@ def test_machine_paths_are_told_from_others(text, found):
     assert bool(MACHINE_PATH.search(text)) == found
 
 
+@pytest.mark.slow
 def test_no_path_of_one_machine_is_left_in_a_text_file():
     found = []
     for path in files_for_git():
@@ -196,6 +197,7 @@ def test_no_path_of_one_machine_is_left_in_a_text_file():
     assert not found, found
 
 
+@pytest.mark.slow
 def test_the_library_is_small_enough_to_read(capsys):
     lines = {path.relative_to(ROOT / "minqwen"): code_lines(path.read_text(encoding="utf-8")) for path in LIBRARY}
     world = sum(count for path, count in lines.items() if path.parts[0] == "world")

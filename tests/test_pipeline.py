@@ -46,6 +46,7 @@ def a_picture(rng, width=64, height=64):
     return draw(scene).resize((width, height))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_drawings_equal_diffusers(rng, pipe, prompt):
     width, height = 16 * rng.randint(2, 6), 16 * rng.randint(2, 6)
@@ -61,6 +62,7 @@ def test_drawings_equal_diffusers(rng, pipe, prompt):
     assert levels(pipe.generate(prompt, **options, progress=False), want) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 64), (100, 60), (40, 90)])
 def test_edits_equal_diffusers(rng, pipe, monkeypatch, size):
     image, area = a_picture(rng, *size), 64 * 64
@@ -82,6 +84,7 @@ def test_a_full_guided_edit_equals_diffusers(rng, pipe, monkeypatch):
     assert levels(pipe.edit(edit.source, edit.instruction, **options, progress=False), want) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_edits_of_several_pictures_equal_diffusers(rng, monkeypatch, count):
     """The form of Edit-2509: "Picture i:", a smaller copy for the text encoder, the last picture sets the size."""
@@ -109,6 +112,7 @@ def test_the_adapter_for_two_pictures_equals_diffusers(rng, monkeypatch):
     assert levels(pipe.edit(edit.sources, edit.instruction, **options, progress=False), want) <= 1
 
 
+@pytest.mark.slow
 def test_the_starting_noise_equals_diffusers(pipe):
     """The same seed draws the same picture."""
     make = lambda: torch.Generator().manual_seed(7)  # noqa: E731
@@ -142,6 +146,7 @@ def test_one_step_works(pipe):
     assert pipe.generate("a star", num_inference_steps=1, progress=False).size == (64, 64)
 
 
+@pytest.mark.slow
 def test_guiding_both_prompts_in_one_pass_equals_two_passes(pipe, monkeypatch):
     options = {"num_inference_steps": 4, "latents": noise(64, 64), "progress": False}
     together = pipe.generate(PROMPTS[0], **options)
@@ -157,6 +162,7 @@ def test_the_callback_sees_every_step(pipe):
     assert torch.equal(seen[0][2], latents) and seen[0][3].shape == latents.shape
 
 
+@pytest.mark.slow
 def test_the_loop_and_the_velocity_make_the_same_picture_in_the_open(pipe):
     """Where another sampler would stand: denoise(..., step=another)."""
     edit, latents = sample_edit(np.random.default_rng(0)), noise(64, 64)

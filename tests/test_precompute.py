@@ -100,6 +100,7 @@ def change(path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- the numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cached_samples_equal_fresh_ones_bit_for_bit(whole, data, dtype):
     pipe = small(whole)
@@ -135,6 +136,7 @@ def encodings_of_edit(pipe, pictures, caption, area=None):
     return handed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("area", [None, 48 * 80])
 @pytest.mark.parametrize("template", [EDIT, EDIT_PLUS, "two"])
 def test_what_edit_would_encode(whole, data, monkeypatch, template, area):
@@ -155,6 +157,7 @@ def test_what_edit_would_encode(whole, data, monkeypatch, template, area):
         assert all(torch.equal(a, b) for a, b in zip(sample.control, edit["control"], strict=True))
 
 
+@pytest.mark.slow
 def test_several_control_pictures_come_back_from_the_disk_in_their_order(pipe, data):
     pipe.edit_template = EDIT_PLUS
     two = ["control", "second"]
@@ -175,6 +178,7 @@ def test_a_dozen_control_pictures_keep_their_order(tmp_path):
     assert equal(again[0], many) and again.shapes(0) == ((1,), *((n,) for n in range(1, 13)))
 
 
+@pytest.mark.slow
 def test_shapes_are_read_from_the_header_alone(pipe, data, monkeypatch):
     pipe.edit_template = EDIT_PLUS
     for control in (None, ["control", "second"]):
@@ -186,6 +190,7 @@ def test_shapes_are_read_from_the_header_alone(pipe, data, monkeypatch):
         assert len(set(wanted)) > 1
 
 
+@pytest.mark.slow
 def test_training_on_the_cache_gives_the_same_losses(whole, pipe, data):
     """Two steps of AdamW on all weights of the transformer, once on fresh tensors, once on cached ones."""
     fresh, losses = run(pipe, data, cache=None), []
@@ -235,6 +240,7 @@ def test_a_checkpoint_that_edits_one_picture_refuses_two_before_any_work(pipe, d
     assert opened == [("transformer", "vae", "text_encoder")]  # nothing that takes minutes to load
 
 
+@pytest.mark.slow
 def test_the_file_says_what_it_is(pipe, data):
     kept = run(pipe, data, area=64 * 64)
     with safe_open(kept.kept[0], framework="pt") as file:
@@ -267,6 +273,7 @@ def test_a_second_run_computes_nothing_and_the_cache_opens_without_a_model(pipe,
     assert opened.names == first.names and all_equal(opened, first)
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_computed_again(pipe, data):
     first = list(run(pipe, data))
     (data / "images" / "cat.txt").write_text("words that no scene has")
@@ -317,6 +324,7 @@ def another_dtype(pipe):
     pipe.vae, pipe.text_encoder = (copy.deepcopy(part).bfloat16() for part in (pipe.vae, pipe.text_encoder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [another_model, another_scale, another_template, another_dtype])
 def test_another_model_or_template_or_dtype_is_computed_anew_and_the_way_back_is_free(pipe, data, other):
     first = list(run(pipe, data))
@@ -329,6 +337,7 @@ def test_another_model_or_template_or_dtype_is_computed_anew_and_the_way_back_is
     assert back.computed == 0 and all_equal(first, back)
 
 
+@pytest.mark.slow
 def test_another_size_and_another_task_are_computed_anew(pipe, data):
     run(pipe, data)
     assert run(pipe, data, area=64 * 64).computed == 5
@@ -336,6 +345,7 @@ def test_another_size_and_another_task_are_computed_anew(pipe, data):
     assert run(pipe, data).computed == 0
 
 
+@pytest.mark.slow
 def test_a_fingerprint_feels_every_encoder_and_nothing_else(whole):
     pipe, before = small(whole), fingerprint(whole)
     pipe.vae, pipe.text_encoder = copy.deepcopy(whole.vae), copy.deepcopy(whole.text_encoder)
@@ -375,6 +385,7 @@ def test_equal_samples_are_computed_once(pipe, data):
     assert made[made.names.index("twin")].name == "twin"
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_computed_again(pipe, data):
     kept = run(pipe, data)
     want = list(run(pipe, data, None))  # not the cached ones, which are mapped from the files
@@ -446,6 +457,7 @@ def test_other_files_are_left_alone_and_lonely_captions_are_named(pipe, data):
         assert len(run(pipe, data)) == 5
 
 
+@pytest.mark.slow
 def test_a_picture_changed_meanwhile_is_refused(pipe, data, monkeypatch):
     plain = library.find_sources
 
@@ -476,6 +488,7 @@ def test_parts_can_be_left_out_and_are_named_when_missed():
         QwenImagePipeline.from_pretrained(TINY, without="unet")
 
 
+@pytest.mark.slow
 def test_the_transformers_files_are_not_even_looked_for(tmp_path, data):
     shutil.copytree(TINY, tmp_path / "small", ignore=shutil.ignore_patterns("transformer"))
     pipe = QwenImagePipeline.from_pretrained(tmp_path / "small", device="cpu", without="transformer")
@@ -555,6 +568,7 @@ def kill_at(patch, name: str, nth: int, before: bool) -> None:
     patch.setattr(Path, "unlink", dying("unlink", Path.unlink))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("name", ["fsync", "replace", "unlink"])
 def test_ended_at_any_call_that_changes_a_file_a_run_resumes_to_the_uninterrupted_result(
@@ -579,6 +593,7 @@ def test_ended_at_any_call_that_changes_a_file_a_run_resumes_to_the_uninterrupte
     assert points >= 3  # two samples and the index
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_folder_take_turns(pipe, data, quick, capsys):
     (data / "cache").mkdir()
     done = []
@@ -664,6 +679,7 @@ def test_a_run_that_is_killed_resumes_and_three_at_once_take_turns(data):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "whole", done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_an_unfinished_cache_does_not_open(pipe, data):
     run(pipe, data)
     (data / "images" / "cat.txt").write_text("another caption")
@@ -693,6 +709,7 @@ def command(*arguments) -> str:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_did(data, capsys):
     arguments = data / "images", "--control", data / "control", "--cache", data / "cache", "--model", TINY
     arguments = (*arguments, "--device", "cpu")

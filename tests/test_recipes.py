@@ -91,6 +91,7 @@ def loss_on(net, tasks) -> torch.Tensor:
     return train_transformer.weighted_loss(net["transformer"], batch, tasks.changed, 3.0, 3.0)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_the_average_follows(small):
     torch.manual_seed(0)
     rng, pipe = np.random.default_rng(0), QwenImagePipeline.from_pretrained(TINY, device="cpu")
@@ -109,6 +110,7 @@ def test_training_lowers_the_loss_and_the_average_follows(small):
     assert all(loss_on(average, tasks).item() < loss for tasks, loss in zip(pool, before, strict=True))
 
 
+@pytest.mark.slow
 def test_training_the_autoencoder_lowers_its_loss():
     torch.manual_seed(0)
     vae = tiny_models.build_vae()
@@ -224,6 +226,7 @@ def test_a_run_that_is_killed_anywhere_ends_in_the_same_weights_and_log(small, t
     assert [row[1:] for row in cut["rows"]] == [row[1:] for row in whole["rows"]]  # the first column is time
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_settings_only(small, tmp_path):
     words = ["joint", "--steps", "1", "--runs", str(tmp_path), "--device", "cpu"]
     train_vae.train(train_vae.parser().parse_args(words))

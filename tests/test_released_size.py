@@ -57,6 +57,7 @@ def test_the_committed_list_has_the_released_counts(component):
     assert (len(RELEASED[component]), numbers) == COUNTS[component]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["released config.json", "defaults"])
 @pytest.mark.parametrize("component", MODULES)
 def test_names_and_shapes(component, config):
@@ -67,6 +68,7 @@ def test_names_and_shapes(component, config):
     assert {name: list(tensor.shape) for name, tensor in module.state_dict().items()} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", MODULES)
 def test_released_weights_are_accepted_strictly(component):
     """Tensors of the released names and shapes load; one missing, one unexpected, one misshapen do not."""

@@ -261,6 +261,7 @@ def test_broken_things_never_pass(gen, damage):
             assert not judge(Image.fromarray(broken), edit), (damage, edit)
 
 
+@pytest.mark.slow
 def test_what_should_stay_must_stay_where_it_is():
     scene = Scene("pink", (Thing("dog", "top left"), Thing("tree", "bottom right", None, "small")))
     edit = Edit("remove", scene, "remove the tree", scene.with_things(scene.things[0]))

@@ -80,6 +80,7 @@ def test_logvar_and_pictures_are_clamped_like_diffusers(rng):
     assert picture.min() == -1 and picture.max() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_further_from_fp32_than_diffusers_is(dtype):
     """Models of the released depth, and always the same ones: how a single number is rounded is luck."""

@@ -158,6 +158,7 @@ def test_chinese_references_mean_one_thing_too(gen):
             assert len(fitting) == 1 or m[1] == "背景" or edit.kind == "swap", edit
 
 
+@pytest.mark.slow
 def test_every_kind_phrase_and_reference_is_reached(gen):
     edits = [sample_edit(gen, world=replace(WORLD, chinese=0.3)) for _ in range(2500)]
     assert {edit.kind for edit in edits} == set(KINDS)
@@ -174,6 +175,7 @@ def test_every_kind_phrase_and_reference_is_reached(gen):
     assert {sample_edit(gen).kind for _ in range(200)} == set(WORLD.kinds)
 
 
+@pytest.mark.slow
 def test_vocabulary_covers_every_text(gen):
     words = vocabulary()
     assert words == sorted(set(words)) and sum(word.isascii() for word in words) < 120
@@ -233,6 +235,7 @@ def test_worlds_restrict_what_is_drawn(gen):
 # ------------------------------------------------------------------------------------ judging
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 def test_judge_passes_the_target_and_never_the_source(gen, world):
     tasks = samples(gen, world, 140 if world is WORLD else 70)
@@ -254,6 +257,7 @@ def jpeg(image: Image.Image, path, quality: int) -> Image.Image:
     return Image.open(path).convert("RGB")
 
 
+@pytest.mark.slow
 def test_judge_passes_slightly_worse_pictures(gen, tmp_path):
     for edit in samples(gen, ALL, 28):
         blurred = edit.target.filter(ImageFilter.GaussianBlur(1))
@@ -319,6 +323,7 @@ def damaged(gen: np.random.Generator, edit):
             yield "disc for star", disc
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [ALL, WORLD], ids=["all kinds", "full"])
 def test_judge_fails_near_misses(gen, world):
     for edit in samples(gen, world, 14):  # some 400 pictures
@@ -326,6 +331,7 @@ def test_judge_fails_near_misses(gen, world):
             assert not judge(image, edit), (what, edit)
 
 
+@pytest.mark.slow
 def test_the_held_back_kind_is_drawn_and_judged(gen):
     """Nothing trains on mirrored pictures, the judge knows them."""
     for _ in range(40):
@@ -431,6 +437,7 @@ def test_unseen_phrases_are_none_of_the_trained_ones(gen):
     assert re.match("I want|could you", sample_edit(gen, "recolour", world).instruction)
 
 
+@pytest.mark.slow
 def test_judge_fails_spoilt_shapes(gen):
     for edit in samples(gen, ALL, 14):
         for what, image in damaged(gen, edit):
