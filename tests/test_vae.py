@@ -63,7 +63,8 @@ def test_encode_and_decode_equal_diffusers(rng, draw):
     latents = theirs.sample(torch.Generator().manual_seed(seed))
     assert far(ours.sample(torch.Generator().manual_seed(seed)), latents) <= 1e-5, config
     picture = vae.decode(latents)
-    assert far(picture, reference.decode(latents).sample) <= 1e-5, config
+    # random weights amplify rounding, each side up to 6e-6 in 120 draws: so only ours is rounded here, not both
+    assert far(picture, reference.double().decode(latents.double()).sample) <= 1e-5, config
     assert picture.std() > 0.05  # else the comparison says little
 
 

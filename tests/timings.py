@@ -1,8 +1,8 @@
-"""Times an edit, every chapter, make check and make test, and writes the figures into README.md: make timings
+"""Times an edit, make check, make test and in it every chapter, and writes the figures into README.md: make timings
 
-    python tests/timings.py --chapters 01 02 --no-make --print     only these, and nothing is written
+    python tests/timings.py --print     nothing is written
 
-Takes about as long as `make test` and all chapters one after another. Leave the machine alone meanwhile.
+Takes about as long as the two. Leave the machine alone meanwhile.
 """
 
 import argparse
@@ -15,17 +15,16 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import torch
-from nbclient import NotebookClient
 
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.world import sample_edit
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- what make timings writes -->\n", "<!-- end of what make timings writes -->\n"
-LEDGER = re.compile(r"^tier \w+ \| (\d+) s \|(?: ([\d.]+) GB peak memory)?", re.MULTILINE)
+CHAPTER = re.compile(r"^([\d.]+)s call +notebooks/(\d\d)_", re.MULTILINE)  # a line of pytest's slowest parts
+MEMORY = re.compile(r"([\d.]+) GB peak memory")  # in the ledger that a chapter prints at its end
 
 
 def machine() -> str:
@@ -52,20 +51,27 @@ def edit_seconds(repeats: int = 5) -> float:
     return statistics.median(seconds[1:])
 
 
-def chapter_costs(path: Path) -> tuple[float, float | None]:
-    """Seconds and gigabytes of a chapter, from the ledger that it prints at its end."""
-    notebook = nbformat.read(path, as_version=4)
-    place, quiet = {"metadata": {"path": str(path.parent)}}, ["--IPKernelApp.log_level=40"]
-    NotebookClient(notebook, timeout=900, resources=place, extra_arguments=quiet).execute()
-    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
-    seconds, memory = LEDGER.findall(printed)[-1]
-    return float(seconds), float(memory) if memory else None
+def made(target: str) -> tuple[float, str]:
+    """Seconds that `make target` took, and what it printed, which is shown meanwhile."""
+    started, lines = time.perf_counter(), []
+    with subprocess.Popen(["make", target], cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        raise SystemExit(f"make {target} failed: no figures were written")
+    return time.perf_counter() - started, "".join(lines)
 
 
-def make_seconds(target: str) -> float:
-    started = time.perf_counter()
-    subprocess.run(["make", target], cwd=ROOT, check=True)
-    return time.perf_counter() - started
+def chapter_seconds(printed: str) -> dict[str, float]:
+    """Chapter -> seconds, from what make test printed; each chapter has one thread there."""
+    return {chapter: float(seconds) for seconds, chapter in CHAPTER.findall(printed)}
+
+
+def chapter_memory() -> dict[str, float]:
+    """Chapter -> gigabytes at the peak, from the outputs that the chapters were committed with."""
+    chapters = {path.name[:2]: path.read_text(encoding="utf-8") for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+    return {number: max(map(float, MEMORY.findall(text)), default=0) for number, text in chapters.items()}
 
 
 def duration(seconds: float) -> str:
@@ -81,15 +87,13 @@ def span(costs: dict[str, float], unit: str, digits: int) -> str:
     return parts[0] if low == high else " to ".join(parts)
 
 
-def table(edit: float, chapters: dict[str, tuple[float, float | None]], makes: dict[str, float]) -> str:
+def table(edit: float, makes: dict[str, float], chapters: dict[str, float], memory: dict[str, float]) -> str:
     """The lines between the markers of README.md."""
-    rows = [("one guided edit of 20 steps", duration(edit))]
-    if chapters:
-        seconds = {number: cost[0] for number, cost in chapters.items()}
-        memory = {number: cost[1] for number, cost in chapters.items() if cost[1] is not None}
-        rows.append(("a notebook", f"{span(seconds, 's', 0)}, all together {duration(sum(seconds.values()))}"))
-        if memory:
-            rows.append(("a notebook's memory", span(memory, "GB", 1)))
+    rows = [
+        ("one guided edit of 20 steps", duration(edit)),
+        ("a notebook, on one core", f"{span(chapters, 's', 0)}, all together {duration(sum(chapters.values()))}"),
+        ("a notebook's memory", span(memory, "GB", 1)),
+    ]
     rows += [(f"`make {target}`, once everything is installed", duration(took)) for target, took in makes.items()]
     lines = [f"| on {machine()} | |", "|---|---|", *(f"| {what} | {cost} |" for what, cost in rows)]
     return "\n".join(lines) + "\n"
@@ -104,18 +108,12 @@ def written(readme: str, lines: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chapters", nargs="*", help="numbers of the chapters to time, such as 01; without it, all")
-    parser.add_argument("--no-make", action="store_true", help="without make check and make test")
     parser.add_argument("--print", action="store_true", help="write nothing, only print the lines")
     args = parser.parse_args()
-    paths = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    paths = [path for path in paths if args.chapters is None or path.name[:2] in args.chapters]
-    makes = {} if args.no_make else {target: make_seconds(target) for target in ("check", "test")}
-    chapters = {}
-    for path in paths:
-        chapters[path.name[:2]] = chapter_costs(path)
-        print(f"{path.name}: {chapters[path.name[:2]][0]:.0f} s", flush=True)
-    lines = table(edit_seconds(), chapters, makes)
+    edit = edit_seconds()
+    check, _ = made("check")
+    test, printed = made("test")
+    lines = table(edit, {"check": check, "test": test}, chapter_seconds(printed), chapter_memory())
     print(lines)
     if not args.print:
         readme = ROOT / "README.md"
