@@ -37,6 +37,7 @@ from minqwen.checkpoint import whole_file
 from minqwen.images import calculate_dimensions, load_image
 from minqwen.pipeline import AREA, PARTS, QwenImagePipeline
 from minqwen.prompt import T2I
+from minqwen.tokenizer import IMAGE_PAD
 
 FORMAT = "2"  # raise it when the same files give other numbers, or lie in the file in another way
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # in any case: .JPG too
@@ -104,7 +105,10 @@ def _tried(read: Callable[[Path], str], path: Path, problems: list[str]) -> str:
 
 def _read_caption(path: Path) -> str:
     """Without white space at its ends: an editor's last line break would be a token that no prompt has later."""
-    return path.read_text(encoding="utf-8-sig").strip()
+    caption = path.read_text(encoding="utf-8-sig").strip()
+    if IMAGE_PAD in caption:
+        raise ValueError(f"holds {IMAGE_PAD}, which stands for a picture")
+    return caption
 
 
 def _digest(path: Path) -> str:
