@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from minqwen.hub import Repository
+from minqwen.quantize import keeps_dtype, make_room
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' components, transformers' components
@@ -168,6 +169,21 @@ class Checkpoint:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or does not match its index ({error}): fetch it again") from None
 
+    def skeleton(
+        self, module_class: type[nn.Module], component: str
+    ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+        """A component without its weights, on the meta device and in evaluation mode, and its tensors as stored.
+
+        Names are those of the released files. Raises ValueError as `load` does: what is missing, unexpected, misshapen.
+        """
+        with torch.device("meta"):
+            module = module_class(**self.config(f"{component}/config.json")).eval()
+        rename = getattr(module_class, "released_name", str)
+        stored = {rename(name): tensor for name, tensor in self.tensors(component).items() if rename(name)}
+        make_room(module, stored)
+        assign(module, {name: tensor.to("meta") for name, tensor in stored.items()}, f"{self.source}/{component}")
+        return module, stored
+
     def load(self, module_class: type[nn.Module], component: str, device="cpu", dtype=torch.float32) -> nn.Module:
         """A component as a module in evaluation mode, its weights strictly by name and shape.
 
@@ -175,13 +191,12 @@ class Checkpoint:
         counts: {"": "cpu", "transformer_blocks.": "cuda"}. Raises ValueError that names the missing, the unexpected and
         the misshapen tensors.
         """
-        with torch.device("meta"):
-            module = module_class(**self.config(f"{component}/config.json"))
-        stored = self.tensors(component)
+        module, stored = self.skeleton(module_class, component)
         bar = tqdm(stored.items(), desc=f"loading {component}", unit=" tensors", leave=False, disable=len(stored) < 500)
-        moved = {name: t.to(device=_choice(device, name), dtype=_choice(dtype, name)) for name, t in bar}
+        types = {name: None if keeps_dtype(name, t) else _choice(dtype, name) for name, t in stored.items()}
+        moved = {name: t.to(device=_choice(device, name), dtype=types[name]) for name, t in bar}
         assign(module, moved, f"{self.source}/{component}")
-        return module.eval()
+        return module
 
 
 def assign(module: nn.Module, tensors: dict[str, torch.Tensor], where: str = "these weights") -> None:

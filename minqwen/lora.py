@@ -15,32 +15,36 @@ from dataclasses import dataclass
 from statistics import mode
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
 from minqwen.checkpoint import whole_file
 from minqwen.lora_files import METADATA, read_lora, some
+from minqwen.quantize import LINEAR, QuantizedLinear
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of the image stream: what diffusers' and FlyMyAI's trainers adapt
 
 
-class LoRALinear(nn.Linear):
-    """A linear layer, frozen, and its adapter: (..., in) -> (..., out). Its own weight keeps its name and values."""
+class LoRALinear(nn.Module):
+    """A linear layer, frozen, and its adapter: (..., in) -> (..., out). The layer's tensors keep their names."""
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float):
-        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
-        self.weight, self.bias, self.scale = base.weight, base.bias, scale
-        options = {"bias": False, "device": base.weight.device, "dtype": torch.float32}
+    def __init__(self, base: nn.Linear | QuantizedLinear, rank: int, scale: float, device: torch.device | None = None):
+        super().__init__()
+        self.in_features, self.out_features, self.scale = base.in_features, base.out_features, scale
+        self.base = (base,)  # in a tuple, and so no sub-module: its tensors stand here, as if they were ours
+        self._parameters, self._buffers = base._parameters, base._buffers
+        options = {"bias": False, "device": device or base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Linear(base.in_features, rank, **options)
         self.lora_B = nn.Linear(rank, base.out_features, **options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = F.linear(x, self.weight, self.bias)
+        out = self.base[0](x)
         return out + (self.scale * self.lora_B(self.lora_A(x.float()))).to(out.dtype)
 
     def merged(self) -> nn.Linear:
-        """The plain layer that computes the same, summed in float32."""
+        """The plain layer that computes the same, summed in float32. Raises ValueError for weights of few bits."""
+        if isinstance(self.base[0], QuantizedLinear):
+            raise ValueError("adapters cannot be merged into weights of 8 or 4 bits: merge first, then quantize")
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         update = self.scale * self.lora_B.weight.detach() @ self.lora_A.weight.detach()
         plain.weight = nn.Parameter((self.weight.float() + update).to(self.weight.dtype), requires_grad=False)
@@ -69,7 +73,7 @@ def add_lora(
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     _refuse_a_second(model)
-    layers = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
     chosen = {t: [name for name in layers if f".{name}".endswith(f".{t}")] for t in targets}
     if empty := [target for target, names in chosen.items() if not names]:
         raise ValueError(f"no linear layer of {type(model).__name__} ends with {empty}; it has {some(layers)}")
@@ -77,7 +81,7 @@ def add_lora(
     for name in dict.fromkeys(sum(chosen.values(), [])):
         layer = _attach(model, name, rank, (rank if alpha is None else alpha) / rank)
         drawn = torch.randn(layer.lora_A.weight.shape, generator=generator) / rank
-        layer.lora_A.weight = nn.Parameter(drawn.to(layer.weight.device))
+        layer.lora_A.weight = nn.Parameter(drawn.to(layer.lora_A.weight.device))
         nn.init.zeros_(layer.lora_B.weight)
     return [p for layer in adapters(model).values() for p in (layer.lora_A.weight, layer.lora_B.weight)]
 
@@ -144,7 +148,7 @@ def load_lora(model: nn.Module, file: str | os.PathLike | dict[str, torch.Tensor
     for name, (down, up, own) in found.items():
         layer = _attach(model, name, len(down), scale * own)
         for part, tensor in ((layer.lora_A, down), (layer.lora_B, up)):
-            part.weight = nn.Parameter(tensor.to(layer.weight.device, torch.float32), requires_grad=False)
+            part.weight = nn.Parameter(tensor.to(part.weight.device, torch.float32), requires_grad=False)
         matched[name] = layer.scale
     report = LoraReport(matched, unmatched)
     if unmatched:
@@ -153,7 +157,8 @@ def load_lora(model: nn.Module, file: str | os.PathLike | dict[str, torch.Tensor
 
 
 def _attach(model: nn.Module, name: str, rank: int, scale: float) -> LoRALinear:
-    layer = LoRALinear(model.get_submodule(name), rank, scale)
+    device = next((p.device for p in model.parameters() if not p.is_meta), None)  # where streamed weights will come
+    layer = LoRALinear(model.get_submodule(name), rank, scale, device)
     model.set_submodule(name, layer)
     return layer
 

@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from minqwen.quantize import LINEAR
+
 PREFIXES = ("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "lora_unet_", "lycoris_")
 DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight")
 UP = (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight")
@@ -35,7 +37,7 @@ def read_lora(file: str | os.PathLike | dict[str, torch.Tensor], model: nn.Modul
     for mark, kind in REFUSED.items():
         if any(mark in key for key in tensors) or (kind == "DoRA" and config.get("use_dora")):
             raise ValueError(f"this is a {kind} file, another kind of adapter: minqwen reads plain LoRA only")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
     found, unmatched = sort_keys(tensors, layers)
     if not found:
         theirs, ours = some(tensors), some(layers)

@@ -169,6 +169,10 @@ class Qwen2_5_VLTextEncoder(nn.Module):
     `load_state_dict` takes the released names and those of transformers 5, with or without lm_head.weight.
     """
 
+    @staticmethod
+    def released_name(name: str) -> str | None:
+        return released_name(name)
+
     def __init__(self, **config):
         super().__init__()
         text, vision, self.image_token_id = read_config(config)

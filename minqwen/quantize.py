@@ -1,0 +1,222 @@
+"""Linear layers whose weights take 8 or 4 bits; they are unpacked where they are used, and nowhere kept so.
+
+    8 bits: w = scale * q, a scale for each row, q from -127 to 127
+    4 bits: w = offset + scale * q, both for each 64 inputs of a row, q from 0 to 15: 4.5 bits a weight in all
+
+Inputs, outputs and sums stay in the compute dtype: this saves memory, not operations.
+The surprise: the scale that just covers a group's weights is not the best one. A smaller one cuts the largest off and
+brings all the others nearer: `fit` looks for the scale and offset of the least squared error.
+Source: Dettmers et al. 2022, LLM.int8(); Frantar et al. 2023, GPTQ (groups). Tests: tests/test_quantize.py. Chapter 11.
+"""
+
+import threading
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUP = 64  # weights of a row that share a scale and an offset at 4 bits
+TOP = {8: 127, 4: 15, 3: 7}  # the largest code. 3 bits are there to see what they lose: they take the room of 4
+STARTS = {4: (1.0, 0.85), 3: (1.0, 0.8, 0.6)}  # shares of a group's range from which `fit` begins
+AT_ONCE = 2**18  # weights that are unpacked or fitted at a time on a CPU: they stay in its cache
+KEPT = threading.local()  # .room: memory for one layer's numbers, a thread
+INSIDE = ("transformer_blocks.", "model.layers.", "visual.blocks.")  # where linear layers are given fewer bits
+AS_STORED = (".weight_scale", ".weight_offset")  # ends of names of tensors that keep their dtype when others change it
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer of few bits: (..., in_features) -> (..., out_features).
+
+    weight: codes, int8 (out, in) for 8 bits; for 4 bits uint8 (out, groups * 32), two codes a byte: of a row
+    the first half in the low four bits, the second in the high ones. weight_scale:
+    float32 (out, 1) or bfloat16 (out, groups). weight_offset: bfloat16 (out, groups), None for 8 bits. bias or None.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = True, device=None, dtype=None):
+        super().__init__()
+        check_bits(bits)
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        groups = -(-in_features // (2 * GROUP)) * 2  # even: a row has two halves
+        shapes = {"weight": (in_features, torch.int8), "weight_scale": (1, torch.float32), "weight_offset": None}
+        if bits < 8:
+            shapes = {
+                "weight": (groups * GROUP // 2, torch.uint8),
+                "weight_scale": (groups, torch.bfloat16),
+                "weight_offset": (groups, torch.bfloat16),
+            }
+        for name, shape in shapes.items():
+            empty = None if shape is None else torch.empty(out_features, shape[0], dtype=shape[1], device=device)
+            self.register_buffer(name, empty)
+        self.register_buffer("bias", torch.empty(out_features, device=device, dtype=dtype) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Product.apply(x, self)
+
+    def unpacked(self, dtype: torch.dtype = torch.float32, room: Tensor | None = None) -> Tensor:
+        """The weights as numbers, (out, in): the same on every device, since each step is rounded to float32.
+
+        room: memory to write them to, (out, columns) in this dtype; by default it is new.
+        """
+        if room is None:
+            room = torch.empty(self.out_features, self.columns, dtype=dtype, device=self.weight.device)
+        if self.bits == 8:
+            unpack_rows(room, self.weight, self.weight_scale)
+        else:
+            unpack_groups(room, self.weight, self.weight_scale, self.weight_offset)
+        return room[:, : self.in_features]
+
+    @property
+    def columns(self) -> int:
+        """The inputs, filled up to whole groups."""
+        return self.weight.shape[1] * (1 if self.bits == 8 else 2)
+
+    def for_now(self, dtype: torch.dtype) -> Tensor:
+        """`unpacked` into memory that the next call writes over: on a CPU, new memory costs more than unpacking."""
+        if self.weight.device.type != "cpu":
+            return self.unpacked(dtype)
+        kept, needed = getattr(KEPT, "room", torch.empty(0)), self.out_features * self.columns
+        if kept.dtype != dtype or len(kept) < needed:
+            with torch.inference_mode(False):  # else training could not write to it later
+                kept = KEPT.room = torch.empty(needed, dtype=dtype)
+        return self.unpacked(dtype, kept[:needed].view(self.out_features, -1))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, bias={self.bias is not None}"
+
+
+class Product(torch.autograd.Function):
+    """x W^T + b of a QuantizedLinear; what is unpacked is dropped at once, and unpacked again for the gradient of x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(x, layer.for_now(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.for_now(grad.dtype), None
+
+
+LINEAR = (nn.Linear, QuantizedLinear)
+
+
+def unpack_rows(out: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """8 bits: int8 (out, in) -> numbers in `out`."""
+    for rows in slices(out):
+        out[rows] = codes[rows].float().mul_(scale[rows])
+
+
+def unpack_groups(out: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> None:
+    """4 bits: bytes (out, in / 2) -> numbers in `out`. A bfloat16 scale times a code is exact in float32."""
+    for rows in slices(out):
+        part = out[rows] if out.dtype == torch.float32 else torch.empty(out[rows].shape, device=out.device)
+        low, high = part.chunk(2, dim=1)
+        low.copy_(codes[rows] & 15)
+        high.copy_(codes[rows] >> 4)
+        part.unflatten(1, (-1, GROUP)).mul_(scale[rows].float()[..., None]).add_(offset[rows].float()[..., None])
+        if part.dtype != out.dtype:
+            out[rows] = part
+
+
+def slices(matrix: Tensor) -> list[slice]:
+    """All rows, so many at a time: on a CPU as fit into its cache, elsewhere all at once."""
+    rows = max(1, AT_ONCE // matrix.shape[1]) if matrix.device.type == "cpu" else len(matrix)
+    return [slice(first, first + rows) for first in range(0, len(matrix), rows)]
+
+
+@torch.no_grad()
+def quantize(linear: nn.Linear, bits: int) -> QuantizedLinear:
+    """The layer with weights of 8, 4 or 3 bits (the last takes the room of 4), on its device; bias as it was.
+
+    Raises ValueError for other bits and for weights that are not finite.
+    """
+    check_bits(bits)
+    if not linear.weight.isfinite().all():
+        raise ValueError("weights that are not finite cannot be quantized")
+    layer = QuantizedLinear(linear.in_features, linear.out_features, bits, linear.bias is not None, device="meta")
+    weight, fit_part = linear.weight.detach(), fit_rows if bits == 8 else fit
+    parts = [fit_part(weight[rows].float(), bits) for rows in slices(weight)]
+    layer.weight, layer.weight_scale, *offset = (torch.cat(each) for each in zip(*parts, strict=True))
+    layer.weight_offset = offset[0] if offset else None
+    layer.bias = None if linear.bias is None else linear.bias.detach()
+    return layer
+
+
+def fit_rows(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """8 bits: codes int8 (out, in) and a scale for each row, which covers its largest weight."""
+    scale = w.abs().amax(-1, keepdim=True) / TOP[bits]
+    return codes_of(w, scale, 0, TOP[bits], -TOP[bits]).to(torch.int8), scale
+
+
+def fit(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, two a byte (out, in / 2), scale and offset, bfloat16 (out, groups), of the least squared error found.
+
+    From each start: round to codes, fit scale and offset to them by least squares, once more; then every group keeps
+    the better of the results.
+    """
+    filled = F.pad(w[:, None], (0, -w.shape[1] % (2 * GROUP)), "replicate")[:, 0]  # with the last weight
+    w, top, best = filled.unflatten(1, (-1, GROUP)), TOP[bits], None
+    low, high = w.aminmax(dim=-1, keepdim=True)
+    for share in STARTS[bits]:
+        scale = share * (high - low) / top
+        offset = (high + low) / 2 - scale * top / 2
+        for _ in range(2):
+            scale, offset = least_squares(codes_of(w, scale, offset, top), w)
+        scale, offset = scale.bfloat16().float(), offset.bfloat16().float()  # as they will be stored
+        q = codes_of(w, scale, offset, top)
+        error = (scale * q + offset - w).square().sum(-1, keepdim=True)
+        new = (error, q, scale, offset)
+        best = new if best is None else [torch.where(error < best[0], n, b) for n, b in zip(new, best, strict=True)]
+    _, q, scale, offset = best
+    first, second = q.flatten(1).to(torch.uint8).chunk(2, dim=1)
+    return first | second << 4, scale[..., 0].bfloat16(), offset[..., 0].bfloat16()
+
+
+def least_squares(q: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset, (..., 1), with which codes come nearest to weights; scale 0 where all codes are alike."""
+    mean_q, mean_w = q.mean(-1, keepdim=True), w.mean(-1, keepdim=True)
+    away = q - mean_q
+    scale = (away * w).sum(-1, keepdim=True) / away.square().sum(-1, keepdim=True).clamp(min=1e-6)
+    return scale, mean_w - scale * mean_q
+
+
+def codes_of(w: Tensor, scale: Tensor, offset: Tensor | float, top: int, least: int = 0) -> Tensor:
+    """The nearest codes, as float32; 0 where all weights of a group are alike and the scale is 0."""
+    return ((w - offset) / scale).nan_to_num(0, 0, 0).round().clamp(least, top)
+
+
+def check_bits(bits: int) -> None:
+    if bits not in TOP:
+        raise ValueError(f"{bits} bits: linear layers come in {', '.join(map(str, TOP))}")
+
+
+def bits_of(name: str, bits: int) -> int | None:
+    """How many bits a linear layer of a released model gets: those asked for in the blocks' attention and MLPs, 8 in
+    their modulation, and None for what stays as it is (embeddings, both ends, the timestep)."""
+    if not name.startswith(INSIDE):
+        return None
+    return 8 if "_mod." in name else bits
+
+
+def quantize_blocks(model: nn.Module, bits: int) -> None:
+    """Replace a model's linear layers, in place, by those of fewer bits; `bits_of` says which."""
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and bits_of(name, bits):
+            model.set_submodule(name, quantize(layer, bits_of(name, bits)))
+
+
+def make_room(model: nn.Module, stored: dict[str, Tensor]) -> None:
+    """Replace the linear layers of a model on the meta device for which `stored` holds codes."""
+    layers = dict(model.named_modules())
+    for name in [key.removesuffix(".weight_scale") for key in stored if key.endswith(".weight_scale")]:
+        layer = layers.get(name)
+        if type(layer) is nn.Linear and f"{name}.weight" in stored:  # else strict loading says what does not fit
+            bits = 8 if stored[f"{name}.weight"].dtype == torch.int8 else 4
+            sizes = layer.in_features, layer.out_features
+            model.set_submodule(name, QuantizedLinear(*sizes, bits, layer.bias is not None, device="meta"))
+
+
+def keeps_dtype(name: str, tensor: Tensor) -> bool:
+    """Whether a stored tensor is left as it is when a model is opened in another dtype: codes and their scales."""
+    return name.endswith(AS_STORED) or not tensor.is_floating_point()
