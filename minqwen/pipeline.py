@@ -29,6 +29,7 @@ from minqwen.images import (
     resize_image,
     unpack_latents,
 )
+from minqwen.memory import Shell, Turns, hold, part_of_pipeline
 from minqwen.prompt import EDIT, EDIT_PLUS, T2I, Prompt, drop_prefix, pad_prompts, tokenize_prompts
 from minqwen.sampling import Callback, Velocity, denoise, get_sigmas, guide
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder
@@ -76,6 +77,7 @@ class QwenImagePipeline:
         area: int = AREA,
         true_cfg_scale: float = 4.0,
     ):
+        self.parts: dict | Turns = {}
         self.transformer, self.vae, self.text_encoder, self.tokenizer = transformer, vae, text_encoder, tokenizer
         self.schedule, self.image_settings = schedule or {}, image_settings or {}
         self.edit_template, self.area, self.true_cfg_scale = edit_template, area, true_cfg_scale
@@ -87,11 +89,13 @@ class QwenImagePipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         without: str | tuple[str, ...] = (),
+        memory: str | float = "auto",
     ) -> "QwenImagePipeline":
         """Open a checkpoint in the released layout, from a folder or a hub repository ("Qwen/Qwen-Image-Edit").
 
         device: by default CUDA, else MPS, else the CPU; dtype: by default bfloat16 on a GPU, float32 on a CPU.
         without: parts that stay where they are and become None: "transformer", "vae", "text_encoder".
+        memory: "resident", "turns" or "stream" (see memory.py), a budget in GiB, or "auto": the first that fits.
         Raises FileNotFoundError where something is missing and ValueError for other families of models, weights
         that do not fit, and float16, in which the released model overflows.
         """
@@ -111,10 +115,14 @@ class QwenImagePipeline:
         tokenizer = load_tokenizer(checkpoint.folder_of("tokenizer", TOKENIZER_FILES))
         settings = load_image_settings(checkpoint.folder_of("processor", PROCESSOR_FILES)) if template else {}
         kept = {name: part for name, part in PARTS.items() if name not in without}
-        parts = {name: checkpoint.load(part, name, device, dtype) for name, part in kept.items()}
+        shells = {name: Shell(checkpoint, part, name, device, dtype) for name, part in kept.items()}
         schedule = checkpoint.config("scheduler/scheduler_config.json")
         area, scale = index.get("_area", AREA), index.get("_true_cfg_scale", 4.0)  # only our tiny checkpoint has these
-        return cls(*(parts.get(name) for name in PARTS), tokenizer, schedule, settings, template, area, scale)
+        pipe = cls(None, None, None, tokenizer, schedule, settings, template, area, scale)
+        pipe.parts = hold(shells, area, memory)
+        return pipe
+
+    transformer, vae, text_encoder = map(part_of_pipeline, PARTS)
 
     @property
     def device(self) -> torch.device:
@@ -125,6 +133,8 @@ class QwenImagePipeline:
         return self._weight().dtype
 
     def _weight(self) -> torch.Tensor:
+        if isinstance(self.parts, Turns):
+            return self.parts.like
         if self.transformer is not None:
             return self.transformer.img_in.weight
         return next((self.vae or self.text_encoder).parameters())
@@ -195,7 +205,7 @@ class QwenImagePipeline:
         callback, progress,
     ) -> Image.Image:  # fmt: skip
         """What `generate` and `edit` share: encode, walk from noise to latents, decode."""
-        if self.transformer is None:
+        if "transformer" not in self.parts:
             raise ValueError("this pipeline was opened without its transformer: it encodes, and draws nothing")
         working, conditions = self.resize_references(images, area)
         default = working[-1].size if working else calculate_dimensions(self.area, 1.0)
@@ -213,6 +223,8 @@ class QwenImagePipeline:
         texts = [prompt, negative_prompt] if guided else [prompt]
         prompts = [self.encode_prompt(text, conditions) for text in texts]
         references = [self.encode_image(image) for image in working]
+        if isinstance(self.parts, Turns):
+            self.parts.prepare(sigmas)
         velocity = self.velocity(prompts, references, width, height, scale)
         with tqdm(total=steps, desc=f"{width}x{height}", disable=not progress) as bar:
             latents = _walk(velocity, latents.to(self.device, torch.float32), sigmas, callback, bar)
@@ -236,10 +248,11 @@ class QwenImagePipeline:
         def velocity(latents: torch.Tensor, sigma: float) -> torch.Tensor:
             tokens = torch.cat([latents.to(self.dtype), *clean], dim=1)
             timestep = torch.full((1,), sigma, device=self.device)  # filled there: a copy would wait for the GPU
+            table = self.parts.modulations(sigma) if isinstance(self.parts, Turns) else None
             predictions = []
             for embeds, mask in prompts:
                 rows = tokens.expand(len(embeds), -1, -1)
-                rows = self.transformer(rows, embeds, mask, timestep, [shapes])
+                rows = self.transformer(rows, embeds, mask, timestep, [shapes], table)
                 predictions += rows[:, : latents.shape[1]].split(1)
             return guide(*predictions, true_cfg_scale) if len(predictions) == 2 else predictions[0]
 

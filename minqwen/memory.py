@@ -1,0 +1,312 @@
+"""The real model in less memory than its weights take: parts by turns, a table for a third of them, blocks that stream.
+
+    resident    every part on the device, whole: the fastest, 57.7 GB in bfloat16
+    turns       text encoder and VAE go before the transformer comes, and come back after it; a table of what the noise
+                levels say stands in for the layers that compute it, a third of the transformer
+    stream      the same, and of a part's blocks only two are there: one computes while the next is fetched
+
+Weights are mapped from their files: what is not used is not read, and what was dropped can be read again.
+The surprise: the modulation layers, 6.8 of 20.4 billion weights, see nothing of picture or words. All that goes in is
+the noise level, and the noise levels of a run are known before its first step.
+Tests: tests/test_memory.py. Chapter 11.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minqwen.checkpoint import BLOCK, Checkpoint
+from minqwen.lora import adapters
+from minqwen.quantize import keeps_dtype
+from minqwen.transformer import Modulations
+
+WAYS = ("resident", "turns", "stream")
+MODULATION = "_mod."  # in the names of a block's modulation layers
+BLOCKS = "transformer_blocks"
+SPARE = 0.9  # the share of free memory that is counted on
+LIVING = 40  # numbers a token and channel that a forward pass holds at once, attention's and the MLP's included
+
+
+class Shell:
+    """A part of a pipeline whose weights come and go; adapters that are put on it stay.
+
+    Raises as Checkpoint.load does. Until `open` and after `close` its module is on the meta device.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, module_class: type[nn.Module], component: str, device, dtype: torch.dtype
+    ):
+        self.module, self.stored = checkpoint.skeleton(module_class, component)
+        self.component, self.device, self.dtype = component, torch.device(device), dtype
+        self.empty = self.module.state_dict()
+        self.left_out: tuple[str, ...] = ()
+
+    def arrange(self, streams: bool, table: bool) -> None:
+        """What `open` leaves out. streams: blocks, which get their weights one by one; table: modulation layers."""
+        self.left_out = tuple(name for name in self.stored if table and MODULATION in name)
+        for name in block_lists(self.stored) if streams else ():
+            self.module.set_submodule(name, self.streamed(name, lambda each: each not in self.left_out))
+            self.left_out += tuple(each for each in self.stored if each.startswith(f"{name}."))
+
+    def streamed(self, name: str, wanted: Callable[[str], bool]) -> "StreamedBlocks":
+        """A list of blocks that get those of their tensors which are wanted, one block at a time."""
+        pairs = []
+        for number, block in self.module.get_submodule(name).named_children():
+            prefix = f"{name}.{number}."
+            names = [each for each in self.stored if each.startswith(prefix) and wanted(each)]
+            pairs.append((block, {each.removeprefix(prefix): each for each in names}))
+        return StreamedBlocks(pairs, self.fetch, self.device)
+
+    def fetch(self, name: str) -> Tensor:
+        """A tensor where and in the dtype in which it computes."""
+        tensor = self.stored[name]
+        return tensor.to(self.device, None if keeps_dtype(name, tensor) else self.dtype, non_blocking=True)
+
+    def size(self, name: str) -> int:
+        """Bytes of a tensor once it is fetched."""
+        tensor = self.stored[name]
+        return tensor.numel() * (tensor.dtype if keeps_dtype(name, tensor) else self.dtype).itemsize
+
+    def open(self) -> nn.Module:
+        names = [name for name in self.stored if name not in self.left_out]
+        bar = tqdm(names, desc=f"loading {self.component}", unit=" tensors", leave=False, disable=len(names) < 500)
+        tensors = {name: self.fetch(name) for name in bar}
+        self.module.load_state_dict(tensors, strict=False, assign=True)
+        return self.module
+
+    def close(self) -> None:
+        self.module.load_state_dict(self.empty, strict=False, assign=True)
+
+    @torch.inference_mode()
+    def modulations(self, sigmas: Tensor) -> dict[float, Modulations]:
+        """What each noise level says to every block of an open transformer and to its exit, made block by block."""
+        blocks, like = self.module.get_submodule(BLOCKS), torch.empty(0, dtype=self.dtype, device=self.device)
+        self.module.set_submodule(BLOCKS, self.streamed(BLOCKS, lambda name: MODULATION in name))
+        try:
+            of_blocks, of_exit = self.module.modulations(sigmas.to(self.device), like)
+        finally:
+            self.module.set_submodule(BLOCKS, blocks)
+        return {
+            sigma: ([at_level(vectors, row) for vectors in of_blocks], of_exit[row : row + 1])
+            for row, sigma in enumerate(sigmas.tolist())
+        }
+
+
+class StreamedBlocks(nn.ModuleList):
+    """Blocks whose weights are there while they are used: a walk through them fills one after the other."""
+
+    def __init__(self, pairs: list[tuple[nn.Module, dict[str, str]]], fetch: Callable[[str], Tensor], device):
+        super().__init__(block for block, _ in pairs)
+        self.names, self.fetch_one = [names for _, names in pairs], fetch
+        self.side = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        blocks = list(self._modules.values())
+        with ThreadPoolExecutor(1) as beside:
+            ahead = beside.submit(self.fetch, 0)
+            for number, block in enumerate(blocks):
+                tensors = self.arrived(ahead.result())
+                if number + 1 < len(blocks):
+                    ahead = beside.submit(self.fetch, number + 1)
+                empty = {name: tensor.to("meta") for name, tensor in tensors.items()}
+                block.load_state_dict(tensors, strict=False, assign=True)
+                del tensors
+                try:
+                    yield block
+                finally:
+                    block.load_state_dict(empty, strict=False, assign=True)
+
+    def fetch(self, number: int) -> dict[str, Tensor]:
+        """A block's tensors; on CUDA they come on a second stream, while the first computes."""
+        with torch.cuda.stream(self.side):  # None: as it is
+            return {name: self.fetch_one(stored) for name, stored in self.names[number].items()}
+
+    def arrived(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.side is not None:
+            here = torch.cuda.current_stream(self.side.device)
+            here.wait_stream(self.side)
+            for tensor in tensors.values():
+                tensor.record_stream(here)  # its memory is not given away before this stream has used it
+        return tensors
+
+
+def at_level(vectors: tuple[Tensor, Tensor], row: int) -> tuple[Tensor, Tensor]:
+    """Of a block's vectors those of one noise level: of the image (with zero_cond_t two rows) and of the text."""
+    img, txt = vectors
+    return img[row :: len(txt)], txt[row : row + 1]
+
+
+def block_lists(names: dict[str, Tensor]) -> list[str]:
+    """The lists of blocks among the names of tensors: "transformer_blocks", or "model.layers" and "visual.blocks"."""
+    return sorted({BLOCK.match(name)[0].rsplit(".", 2)[0] for name in names if BLOCK.match(name)[0]})
+
+
+class Turns:
+    """The parts of a pipeline by name, opened when they are asked for; the transformer is never there with another."""
+
+    def __init__(self, shells: dict[str, Shell], streams: bool):
+        self.shells, self.opened = shells, set()
+        first = next(iter(shells.values()))
+        self.like = torch.empty(0, dtype=first.dtype, device=first.device)
+        self.table, self.made_with = {}, None
+        for name, shell in shells.items():
+            shell.arrange(streams, table=name == "transformer")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shells
+
+    def __getitem__(self, name: str) -> nn.Module:
+        if name not in self.opened:
+            for other in [each for each in self.opened if "transformer" in (each, name)]:
+                self.shells[other].close()
+                self.opened.remove(other)
+            self.shells[name].open()
+            self.opened.add(name)
+        return self.shells[name].module
+
+    def __setitem__(self, name: str, part: nn.Module | None) -> None:
+        raise ValueError(f'the {name} comes and goes, and cannot be replaced; open the pipeline with memory="resident"')
+
+    def prepare(self, sigmas: Tensor) -> None:
+        """Make the table for the noise levels of a run, unless it is there, with the adapters that are on now."""
+        made_with = [id(layer) for layer in adapters(self["transformer"]).values()]
+        if made_with != self.made_with or not set(sigmas.tolist()) <= self.table.keys():
+            self.table, self.made_with = self.shells["transformer"].modulations(sigmas), made_with
+
+    def modulations(self, sigma: float) -> Modulations:
+        """What the noise level sigma says; at a level that `prepare` was not told of it is computed now."""
+        if sigma not in self.table:
+            self.table |= self.shells["transformer"].modulations(torch.tensor([sigma]))
+        return self.table[sigma]
+
+
+def part_of_pipeline(name: str) -> property:
+    """An attribute that stands for an entry of a pipeline's `parts`: None where it is missing."""
+
+    def get(pipe) -> nn.Module | None:
+        return pipe.parts[name] if name in pipe.parts else None
+
+    def put(pipe, part: nn.Module | None) -> None:
+        pipe.parts[name] = part
+        if part is None:
+            del pipe.parts[name]
+
+    return property(get, put)
+
+
+# ------------------------------------------------------------------------------------------------ what fits
+
+
+class Plan(NamedTuple):
+    """A way to hold the model: its name, bytes on the device at the peak, bytes fetched and operations in each step."""
+
+    way: str
+    peak: int
+    fetched: int
+    operations: float
+
+    def __str__(self) -> str:
+        return f"{self.way}, about {in_bytes(self.peak)} at the peak"
+
+
+def plans(shells: dict[str, Shell], area: int) -> list[Plan]:
+    """Every way, the fastest first, for an edit of so many pixels with guidance."""
+    whole, without_table, streamed = {}, {}, {}
+    for name, shell in shells.items():
+        blocks = {"": 0}
+        for each in shell.stored:
+            if MODULATION not in each:
+                blocks[BLOCK.match(each)[0]] = blocks.get(BLOCK.match(each)[0], 0) + shell.size(each)
+        whole[name] = sum(map(shell.size, shell.stored))
+        without_table[name] = sum(blocks.values())
+        streamed[name] = blocks.pop("") + 2 * max(blocks.values(), default=0)
+    operations = living = fetched = 0
+    if "transformer" in shells:
+        shell = shells["transformer"]
+        width, image, text = shell.module.img_in.out_features, 2 * area // 256, area // 784 + 64
+        living = (image + text) * LIVING * width * shell.dtype.itemsize
+        weights = 12 * width**2 * len(shell.module.transformer_blocks)  # of each stream
+        operations = 2 * 2 * weights * (image + text)  # two passes, a product and a sum for each weight
+        fetched = without_table["transformer"]
+
+    def by_turns(sizes: dict[str, int]) -> int:
+        others = sum(size for name, size in sizes.items() if name != "transformer")
+        return max(sizes.get("transformer", 0), others) + living
+
+    return [
+        Plan("resident", sum(whole.values()) + living, 0, operations),
+        Plan("turns", by_turns(without_table), 0, operations),
+        Plan("stream", by_turns(streamed), fetched, operations),
+    ]
+
+
+def hold(shells: dict[str, Shell], area: int, memory: str | float) -> dict[str, nn.Module] | Turns:
+    """The parts of a pipeline, all at hand or by turns; if by turns, a line says what that means here."""
+    device = next((shell.device for shell in shells.values()), torch.device("cpu"))
+    plan = choose(plans(shells, area), memory, device)
+    if plan.way == "resident":
+        return {name: shell.open() for name, shell in shells.items()}
+    step = step_seconds(shells["transformer"], plan) if "transformer" in shells else 0
+    print(f"memory: {plan}; a step takes about {step:.1f} s")
+    return Turns(shells, streams=plan.way == "stream")
+
+
+def choose(found: list[Plan], memory: str | float, device: torch.device) -> Plan:
+    """The plan that is named, or the first that fits into a budget in GiB, or into what is free on this machine.
+
+    Raises ValueError for a word that is none, and for a budget into which nothing fits.
+    """
+    if isinstance(memory, str) and memory in WAYS:
+        return found[WAYS.index(memory)]
+    if memory != "auto" and not (isinstance(memory, int | float) and memory > 0):
+        raise ValueError(f"memory={memory!r}: expected auto, {', '.join(WAYS)}, or a number of GiB")
+    budget = SPARE * free_memory(device) if memory == "auto" else memory * 2**30
+    fitting = [plan for plan in found if plan.peak <= budget]
+    if not fitting:
+        least = f"this checkpoint needs about {in_bytes(found[-1].peak)}, streamed, at its working size"
+        raise ValueError(f"memory={memory}: {in_bytes(budget)} are too little; {least}")
+    return fitting[0]
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device; on a CPU of which nobody says it, half of all there is."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 if known else float("inf")
+
+
+def step_seconds(shell: Shell, plan: Plan) -> float:
+    """About how long a step of a plan takes here, from one matrix product and one fetched block of the transformer."""
+    width = shell.module.img_in.out_features
+    a, b = (torch.randn(rows, width, dtype=shell.dtype, device=shell.device) for rows in (1024, 4 * width))
+    computing = plan.operations * clocked(lambda: (a @ b.T).sum().item()) / (2 * 1024 * 4 * width**2)
+    if not plan.fetched:
+        return computing
+    names = [name for name in shell.stored if name.startswith(f"{BLOCKS}.0.") and MODULATION not in name]
+    fetching = clocked(lambda: [shell.fetch(name).sum().item() for name in names])
+    return max(computing, 2 * plan.fetched * fetching / sum(map(shell.size, names)))  # both prompts fetch them
+
+
+def clocked(work: Callable[[], object]) -> float:
+    """Seconds of its second run."""
+    work()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_bytes(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
