@@ -31,8 +31,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import trange
 
 from minqwen.checkpoint import whole_file
+from minqwen.command import model_options, one_line, open_pipeline
 from minqwen.images import pack_latents
 from minqwen.lora import ATTENTION, add_lora, save_lora
+from minqwen.memory import Turns
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import Precomputed, Sample
 from minqwen.prompt import pad_prompts
@@ -182,6 +184,8 @@ def finetune(
     Raises TypeError for a keyword that is unknown; ValueError for a dataset that is empty, a setting that cannot be,
     and settings other than those of the run in out_dir; FloatingPointError when a loss is no longer finite.
     """
+    if isinstance(pipe.parts, Turns):
+        raise ValueError('training needs the whole transformer at hand: open the pipeline with memory="resident"')
     settings, groups = Settings(**keywords), group_by_shape(dataset)
     steps, size = settings.steps, settings.batch_size * settings.accumulate
     folder = None if out_dir is None else Path(out_dir)
@@ -310,35 +314,29 @@ def command_line() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("cache", metavar="CACHE", help="folder that python -m minqwen.precompute filled")
+    add("cache", metavar="CACHE", help="folder that python -m minqwen.precompute filled, with the same --model")
     add("--out", metavar="DIR", required=True, help="folder for the run's state, log, previews and the result")
-    add("--model", default="Qwen/Qwen-Image-Edit", help="checkpoint folder or hub repository, as in precompute")
+    model_options(parser)
     for each in fields(Settings):
         form = {"action": "store_true"} if each.type is bool else {"type": type(each.default)}
         add(f"--{each.name.replace('_', '-')}", default=each.default, **form | each.metadata)
     add("--preview-prompt", help="paint this at every save")
     add("--preview-image", metavar="FILE", help="the picture that the preview edits")
-    add("--device", help="cuda, mps or cpu; None: the first of these that is there")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the frozen weights; None: bfloat16 on a GPU, else float32")
     add("--quiet", action="store_true", help="no progress bar")
     return parser
 
 
+@one_line("finetune", "interrupted; run it again to go on", status=1)
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     asked = command_line().parse_args(arguments)
     keywords = {each.name: getattr(asked, each.name) for each in fields(Settings)}
-    try:
-        Settings(**keywords)  # wrong ones, and a cache that is not there, before minutes are spent on loading a model
-        dataset = Precomputed.open(asked.cache)
-        dtype = asked.dtype and getattr(torch, asked.dtype)
-        prompt = asked.preview_prompt
-        unused = () if prompt else ("text_encoder", "vae")
-        pipe = QwenImagePipeline.from_pretrained(asked.model, asked.device, dtype, without=unused)
-        preview = prompt and picture_preview(pipe, asked.out, prompt, asked.preview_image)
-        log = finetune(pipe, dataset, asked.out, preview=preview, progress=not asked.quiet, **keywords)
-    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        raise SystemExit(f"finetune: {str(error) or 'interrupted; run it again to go on'}") from None
+    Settings(**keywords)  # wrong ones, and a cache that is not there, before minutes are spent on loading a model
+    dataset = Precomputed.open(asked.cache)
+    prompt = asked.preview_prompt
+    pipe = open_pipeline(asked, without=() if prompt else ("text_encoder", "vae"))
+    preview = prompt and picture_preview(pipe, asked.out, prompt, asked.preview_image)
+    log = finetune(pipe, dataset, asked.out, preview=preview, progress=not asked.quiet, **keywords)
     losses = [row.loss for row in log[-100:]]
     mean = sum(losses) / len(losses)
     print(f"{log[-1].step + 1} steps in {asked.out}, mean loss of the last {len(losses)} samples {mean:.4f}")

@@ -1,0 +1,79 @@
+"""What the commands share: the options that open a model, numbers with a range, and an end in one line.
+
+    python -m minqwen.edit, python -m minqwen.finetune, python -m minqwen.precompute
+
+What is wrong with an option is said before a model is loaded, which may take minutes; argparse puts the option's name
+before it. A command ends with 2 for a wrong option, 130 for Ctrl-C (1 where a run goes on later), 1 for any other error
+that is foreseen.
+The surprise: float("nan") is a number, and no comparison finds it too small or too large; it has to be found inside.
+precompute keeps its own lines, since chapter 08 shows them. Tests: tests/test_edit_command.py.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+from minqwen.pipeline import QwenImagePipeline
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage; `prog` is "python -m minqwen.NAME"."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog.rpartition('.')[2]}: {message}\n")
+
+
+def number(kind: type, least: float, most: float) -> Callable[[str], float]:
+    """The type of an option: an int or a float from `least` to `most`."""
+
+    def read(text: str) -> float:
+        with suppress(ValueError):
+            if least <= (value := kind(text)) <= most:
+                return value
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"expected {what} from {least} to {most}, got {text!r}")
+
+    return read
+
+
+def device(text: str) -> str:
+    """The type of --device: its name, if a number can be put there and read back."""
+    try:
+        torch.zeros(1, device=text).item()
+    except Exception as error:  # RuntimeError, AssertionError or NotImplementedError, as PyTorch was built
+        raise argparse.ArgumentTypeError(f"there is no {text!r} here: expected cuda, mps or cpu") from error
+    return text
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --device and --dtype."""
+    add = parser.add_argument
+    add("--model", default="Qwen/Qwen-Image-Edit", help="checkpoint folder (data/tiny) or hub repository")
+    add("--device", type=device, help="cuda, mps or cpu; None: the first of these that is there")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the model; None: bfloat16 on a GPU, else float32")
+
+
+def open_pipeline(
+    asked: argparse.Namespace, without: tuple[str, ...] = (), memory: str | float = "resident"
+) -> QwenImagePipeline:
+    """The pipeline that `model_options` ask for."""
+    dtype = asked.dtype and getattr(torch, asked.dtype)
+    return QwenImagePipeline.from_pretrained(asked.model, asked.device, dtype, without, memory)
+
+
+@contextmanager
+def one_line(command: str, interrupted: str = "interrupted", status: int = 130) -> Iterator[None]:
+    """Decorates a command's main: errors that are foreseen, and Ctrl-C, end it with one line and no traceback.
+
+    interrupted, status: what it says and ends with at Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{command}: {interrupted}", file=sys.stderr)
+        raise SystemExit(status) from None
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        raise SystemExit(f"{command}: {error}") from None
