@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,6 +30,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' components, transformers' components
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]*\w")  # owner/name
 BLOCK = re.compile(r"((.*\.)?(transformer_blocks|layers|blocks)\.\d+\.)?")  # "" of what belongs to no block
+UNFINISHED = "unfinished.json"  # in a folder that minqwen.shrink has not finished: what is being made there
 HELD_OPEN = (0.1, 0.2, 0.4, 0.8)  # seconds before each new attempt to replace a file
 
 
@@ -71,7 +72,10 @@ class Checkpoint:
         """A JSON file beside the weights. Raises FileNotFoundError, or ValueError if it is no JSON object."""
         path = self.file(name)
         if path is None:
-            raise FileNotFoundError(f"{self.source} has no {name}: is it a checkpoint in the released layout?")
+            hint = "is it a checkpoint in the released layout?"
+            if self.folder and (self.folder / UNFINISHED).exists():
+                hint = "python -m minqwen.shrink left it unfinished, run that again"
+            raise FileNotFoundError(f"{self.source} has no {name}: {hint}")
         return read_json(path)
 
     def weight_map(self, component: str) -> dict[str, str]:
@@ -110,6 +114,18 @@ class Checkpoint:
         files = sorted(set(self.weight_map(component).values()))
         return {name: shape for file in files for name, shape in self._shapes(file).items()}
 
+    def stored_bytes(self, component: str) -> dict[str, int]:
+        """The bytes of each tensor of a component as stored, from its files' headers alone."""
+        sizes = {}
+        for file in sorted(set(self.weight_map(component).values())):
+            if self._far(file):
+                entries = self.repository.table(file).items()
+                sizes |= {name: stop - start for name, entry in entries for start, stop in [entry["data_offsets"]]}
+            else:
+                with self._open(file) as weights:  # mapped: nothing is read
+                    sizes |= {name: weights.get_tensor(name).nbytes for name in weights.keys()}
+        return sizes
+
     def _shapes(self, file: str) -> dict[str, tuple[int, ...]]:
         if self._far(file):
             return {name: tuple(entry["shape"]) for name, entry in self.repository.table(file).items()}
@@ -129,13 +145,17 @@ class Checkpoint:
             self.repository.announce(f"{component}/{prefix}*", places)
         return self._read(places, by_ranges=bool(prefix))
 
-    def blocks(self, component: str) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    def blocks(
+        self, component: str, without: Container[str] = ()
+    ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """A component one block at a time: (prefix, its tensors), first ("", what belongs to no block).
 
         A block is an entry of `transformer_blocks`, `layers` or `blocks`. From a folder it is mapped, from the
         hub read by byte ranges. None is held here: whoever drops it (`del`) before the next needs memory for one.
+        without: prefixes of blocks that are left out, unread.
         """
-        places, blocks = self.weight_map(component), {}
+        places = {n: file for n, file in self.weight_map(component).items() if BLOCK.match(n)[0] not in without}
+        blocks = {}
         for name, file in places.items():
             blocks.setdefault(BLOCK.match(name)[0], {})[name] = file
         if self.repository is not None:

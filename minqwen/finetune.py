@@ -34,7 +34,6 @@ from minqwen.checkpoint import whole_file
 from minqwen.command import model_options, one_line, open_pipeline
 from minqwen.images import pack_latents
 from minqwen.lora import ATTENTION, add_lora, save_lora
-from minqwen.memory import Turns
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import Precomputed, Sample
 from minqwen.prompt import pad_prompts
@@ -184,7 +183,7 @@ def finetune(
     Raises TypeError for a keyword that is unknown; ValueError for a dataset that is empty, a setting that cannot be,
     and settings other than those of the run in out_dir; FloatingPointError when a loss is no longer finite.
     """
-    if isinstance(pipe.parts, Turns):
+    if pipe.turns is not None:
         raise ValueError('training needs the whole transformer at hand: open the pipeline with memory="resident"')
     settings, groups = Settings(**keywords), group_by_shape(dataset)
     steps, size = settings.steps, settings.batch_size * settings.accumulate

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 WAITS = (1, 2, 4)  # seconds before each new attempt to read a range
 TRY_AGAIN = (None, 429, 500, 502, 503, 504)  # None: no answer
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I8": torch.int8, "U8": torch.uint8}  # fmt: skip
 
 
 class Repository:

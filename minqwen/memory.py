@@ -158,9 +158,6 @@ class Turns:
         for name, shell in shells.items():
             shell.arrange(streams, table=name == "transformer")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.shells
-
     def __getitem__(self, name: str) -> nn.Module:
         if name not in self.opened:
             for other in [each for each in self.opened if "transformer" in (each, name)]:
@@ -169,9 +166,6 @@ class Turns:
             self.shells[name].open()
             self.opened.add(name)
         return self.shells[name].module
-
-    def __setitem__(self, name: str, part: nn.Module | None) -> None:
-        raise ValueError(f'the {name} comes and goes, and cannot be replaced; open the pipeline with memory="resident"')
 
     def prepare(self, sigmas: Tensor) -> None:
         """Make the table for the noise levels of a run, unless it is there, with the adapters that are on now."""
@@ -184,20 +178,6 @@ class Turns:
         if sigma not in self.table:
             self.table |= self.shells["transformer"].modulations(torch.tensor([sigma]))
         return self.table[sigma]
-
-
-def part_of_pipeline(name: str) -> property:
-    """An attribute that stands for an entry of a pipeline's `parts`: None where it is missing."""
-
-    def get(pipe) -> nn.Module | None:
-        return pipe.parts[name] if name in pipe.parts else None
-
-    def put(pipe, part: nn.Module | None) -> None:
-        pipe.parts[name] = part
-        if part is None:
-            del pipe.parts[name]
-
-    return property(get, put)
 
 
 # ------------------------------------------------------------------------------------------------ what fits
@@ -246,12 +226,12 @@ def plans(shells: dict[str, Shell], area: int) -> list[Plan]:
     ]
 
 
-def hold(shells: dict[str, Shell], area: int, memory: str | float) -> dict[str, nn.Module] | Turns:
-    """The parts of a pipeline, all at hand or by turns; if by turns, a line says what that means here."""
+def hold(shells: dict[str, Shell], area: int, memory: str | float) -> Turns | None:
+    """How the parts of a pipeline are held: None if all at once; if by turns, a line says what that means here."""
     device = next((shell.device for shell in shells.values()), torch.device("cpu"))
     plan = choose(plans(shells, area), memory, device)
     if plan.way == "resident":
-        return {name: shell.open() for name, shell in shells.items()}
+        return None
     step = step_seconds(shells["transformer"], plan) if "transformer" in shells else 0
     print(f"memory: {plan}; a step takes about {step:.1f} s")
     return Turns(shells, streams=plan.way == "stream")

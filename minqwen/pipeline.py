@@ -29,8 +29,9 @@ from minqwen.images import (
     resize_image,
     unpack_latents,
 )
-from minqwen.memory import Shell, Turns, hold, part_of_pipeline
+from minqwen.memory import Shell, Turns, hold
 from minqwen.prompt import EDIT, EDIT_PLUS, T2I, Prompt, drop_prefix, pad_prompts, tokenize_prompts
+from minqwen.quantize import FORMAT
 from minqwen.sampling import Callback, Velocity, denoise, get_sigmas, guide
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder
 from minqwen.tokenizer import load_tokenizer
@@ -77,7 +78,7 @@ class QwenImagePipeline:
         area: int = AREA,
         true_cfg_scale: float = 4.0,
     ):
-        self.parts: dict | Turns = {}
+        self.turns: Turns | None = None  # where the parts come and go; then they are no attributes but found there
         self.transformer, self.vae, self.text_encoder, self.tokenizer = transformer, vae, text_encoder, tokenizer
         self.schedule, self.image_settings = schedule or {}, image_settings or {}
         self.edit_template, self.area, self.true_cfg_scale = edit_template, area, true_cfg_scale
@@ -111,6 +112,8 @@ class QwenImagePipeline:
         index = checkpoint.config("model_index.json")
         if (family := index.get("_class_name")) not in FAMILIES:
             raise ValueError(f"{checkpoint.source} is made for {family}; minqwen computes {', '.join(FAMILIES)}")
+        if (written := index.get("_shrunk", {}).get("format", FORMAT)) != FORMAT:
+            raise ValueError(f"{checkpoint.source} is shrunk in format {written}, this minqwen reads format {FORMAT}")
         template = FAMILIES[family]
         tokenizer = load_tokenizer(checkpoint.folder_of("tokenizer", TOKENIZER_FILES))
         settings = load_image_settings(checkpoint.folder_of("processor", PROCESSOR_FILES)) if template else {}
@@ -119,10 +122,20 @@ class QwenImagePipeline:
         schedule = checkpoint.config("scheduler/scheduler_config.json")
         area, scale = index.get("_area", AREA), index.get("_true_cfg_scale", 4.0)  # only our tiny checkpoint has these
         pipe = cls(None, None, None, tokenizer, schedule, settings, template, area, scale)
-        pipe.parts = hold(shells, area, memory)
+        pipe.turns = hold(shells, area, memory)
+        for name, shell in shells.items():
+            if pipe.turns is None:
+                setattr(pipe, name, shell.open())
+            else:
+                delattr(pipe, name)
         return pipe
 
-    transformer, vae, text_encoder = map(part_of_pipeline, PARTS)
+    def __getattr__(self, name: str):
+        """A part that is no attribute: the one that comes now."""
+        turns = vars(self).get("turns")
+        if turns is None or name not in turns.shells:
+            raise AttributeError(f"a {type(self).__name__} has no {name!r}")
+        return turns[name]
 
     @property
     def device(self) -> torch.device:
@@ -133,8 +146,8 @@ class QwenImagePipeline:
         return self._weight().dtype
 
     def _weight(self) -> torch.Tensor:
-        if isinstance(self.parts, Turns):
-            return self.parts.like
+        if self.turns is not None:
+            return self.turns.like
         if self.transformer is not None:
             return self.transformer.img_in.weight
         return next((self.vae or self.text_encoder).parameters())
@@ -205,7 +218,7 @@ class QwenImagePipeline:
         callback, progress,
     ) -> Image.Image:  # fmt: skip
         """What `generate` and `edit` share: encode, walk from noise to latents, decode."""
-        if "transformer" not in self.parts:
+        if vars(self).get("transformer", self.turns) is None:
             raise ValueError("this pipeline was opened without its transformer: it encodes, and draws nothing")
         working, conditions = self.resize_references(images, area)
         default = working[-1].size if working else calculate_dimensions(self.area, 1.0)
@@ -223,8 +236,8 @@ class QwenImagePipeline:
         texts = [prompt, negative_prompt] if guided else [prompt]
         prompts = [self.encode_prompt(text, conditions) for text in texts]
         references = [self.encode_image(image) for image in working]
-        if isinstance(self.parts, Turns):
-            self.parts.prepare(sigmas)
+        if self.turns is not None:
+            self.turns.prepare(sigmas)
         velocity = self.velocity(prompts, references, width, height, scale)
         with tqdm(total=steps, desc=f"{width}x{height}", disable=not progress) as bar:
             latents = _walk(velocity, latents.to(self.device, torch.float32), sigmas, callback, bar)
@@ -248,11 +261,11 @@ class QwenImagePipeline:
         def velocity(latents: torch.Tensor, sigma: float) -> torch.Tensor:
             tokens = torch.cat([latents.to(self.dtype), *clean], dim=1)
             timestep = torch.full((1,), sigma, device=self.device)  # filled there: a copy would wait for the GPU
-            table = self.parts.modulations(sigma) if isinstance(self.parts, Turns) else None
+            table = {} if self.turns is None else {"modulations": self.turns.modulations(sigma)}
             predictions = []
             for embeds, mask in prompts:
                 rows = tokens.expand(len(embeds), -1, -1)
-                rows = self.transformer(rows, embeds, mask, timestep, [shapes], table)
+                rows = self.transformer(rows, embeds, mask, timestep, [shapes], **table)
                 predictions += rows[:, : latents.shape[1]].split(1)
             return guide(*predictions, true_cfg_scale) if len(predictions) == 2 else predictions[0]
 

@@ -19,6 +19,7 @@ GROUP = 64  # weights of a row that share a scale and an offset at 4 bits
 TOP = {8: 127, 4: 15, 3: 7}  # the largest code. 3 bits are there to see what they lose: they take the room of 4
 STARTS = {4: (1.0, 0.85), 3: (1.0, 0.8, 0.6)}  # shares of a group's range from which `fit` begins
 AT_ONCE = 2**18  # weights that are unpacked or fitted at a time on a CPU: they stay in its cache
+FORMAT = 1  # of codes, scales and offsets in files; a change of any of them is another number
 KEPT = threading.local()  # .room: memory for one layer's numbers, a thread
 INSIDE = ("transformer_blocks.", "model.layers.", "visual.blocks.")  # where linear layers are given fewer bits
 AS_STORED = (".weight_scale", ".weight_offset")  # ends of names of tensors that keep their dtype when others change it

@@ -216,13 +216,21 @@ def test_a_line_says_what_was_chosen(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_parts_that_come_and_go_are_not_replaced_or_trained():
-    pipe = opened("stream")
-    with pytest.raises(ValueError, match="the vae comes and goes"):
-        pipe.vae = None
+def test_parts_that_come_and_go_are_not_trained_but_can_be_replaced():
+    pipe = opened("stream", without="vae")
     with pytest.raises(ValueError, match='memory="resident"'):
         finetune(pipe, [], steps=1)
-    assert isinstance(pipe.text_encoder.model.layers, StreamedBlocks)
+    assert isinstance(pipe.text_encoder.model.layers, StreamedBlocks) and pipe.vae is None
+    with pytest.raises(AttributeError, match="has no 'encoder'"):
+        pipe.encoder  # noqa: B018
+    pipe.vae = opened("resident").vae
+    edited(pipe)
+    assert pipe.turns.opened == {"transformer"}
+
+
+def test_without_a_transformer_nothing_is_painted():
+    with pytest.raises(ValueError, match="opened without its transformer"):
+        edited(opened("turns", without="transformer"))
 
 
 def test_sizes_are_said_in_the_usual_units():

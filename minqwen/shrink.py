@@ -1,0 +1,241 @@
+"""A checkpoint made smaller: its blocks' linear layers at 8 or 4 bits, all else as it was, in the same layout.
+
+    folder or "owner/name"  ->  a folder that from_pretrained opens; of 57.7 GB are left 21 at 4 bits
+
+    python -m minqwen.shrink Qwen/Qwen-Image-Edit small/ --bits 4
+
+One block at a time: read, from the hub by byte ranges; its adapters merged, if a LoRA file is given; quantized; written
+to a file of its own. So no more than one block is ever in memory, and a run that was cut off goes on with the first
+block that has no file, to the same bytes.
+The surprise: what is left is a third modulation weights, at 8 bits. memory.py never loads them.
+Tests: tests/test_shrink.py. Chapter 11.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minqwen.checkpoint import BLOCK, UNFINISHED, Checkpoint, whole_file
+from minqwen.command import Parser, number, one_line
+from minqwen.lora_files import read_lora
+from minqwen.quantize import FORMAT, GROUP, bits_of, check_bits, quantize
+from minqwen.text_encoder import released_name
+from minqwen.transformer import QwenImageTransformer2DModel
+
+STEMS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+SMALL_FILES = {
+    "tokenizer": ("vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json", "tokenizer.json",
+                  "special_tokens_map.json"),
+    "processor": ("preprocessor_config.json", "processor_config.json"),
+    "scheduler": ("scheduler_config.json",),
+}  # fmt: skip
+ROOM = 1.01  # times what is left to write must be free on the disk, for headers and small files
+
+
+def shrink(
+    path_or_repo: str | os.PathLike,
+    out: str | os.PathLike,
+    bits: int = 4,
+    lora: str | os.PathLike | None = None,
+    lora_scale: float = 1.0,
+    progress: bool = True,
+) -> None:
+    """Write a checkpoint in the released layout, smaller, to the folder `out`; run again, it goes on.
+
+    bits: of the linear layers in the blocks of transformer and text encoder, 8 or 4; modulation layers get 8.
+    lora: a file of adapters that are merged first, each at its own scale times lora_scale.
+    Raises ValueError for other bits, a checkpoint that is shrunk already, a folder that holds something else, and a
+    LoRA that does not fit; OSError where the disk has no room or a source cannot be read.
+    """
+    check_bits(bits)
+    source, out = Checkpoint(path_or_repo), Path(out)
+    asked = {"format": FORMAT, "of": source.source, "bits": bits, "lora": lora and digest(lora), "scale": lora_scale}
+    if begin(out, asked):
+        return
+    adapters = adapters_of(source, lora, lora_scale) if lora else {}
+    files = {component: files_of(source, out, component) for component in STEMS}
+    announce(source, out, bits, files)
+    total = sum(map(len, files.values()))
+    with tqdm(total=total, desc=f"shrinking to {bits} bits", unit=" blocks", disable=not progress) as bar:
+        for component, of_component in files.items():
+            done = [prefix for prefix, path in of_component.items() if path.exists()]
+            bar.update(len(done))
+            for prefix, tensors in source.blocks(component, without=done):
+                smaller = shrunk(tensors, bits, adapters if component == "transformer" else {})
+                with whole_file(of_component[prefix]) as path:
+                    save_file(smaller, path, metadata={"format": "pt"})
+                del tensors, smaller  # before the next block is read
+                bar.update()
+            write_index(source, component, of_component)
+    write_small_files(source, out, asked)
+    (out / UNFINISHED).unlink()
+
+
+def begin(out: Path, asked: dict) -> bool:
+    """Whether the folder holds what is asked for, whole; else it is marked as unfinished.
+
+    Raises ValueError where it holds something else.
+    """
+    mark, index = out / UNFINISHED, out / "model_index.json"
+    if mark.exists() or index.exists():
+        there = json.loads((mark if mark.exists() else index).read_text(encoding="utf-8"))
+        there = there if mark.exists() else there.get("_shrunk")
+        if there != asked:
+            raise ValueError(f"{out} holds something else ({there or 'a whole checkpoint'}): name another folder")
+        return not mark.exists()
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with whole_file(mark) as path:
+        path.write_text(json.dumps(asked, indent=2), encoding="utf-8")
+    return False
+
+
+def digest(path: str | os.PathLike) -> str:
+    """What a file holds, in a few letters."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def adapters_of(source: Checkpoint, lora: str | os.PathLike, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """The adapters of a LoRA file: the name of a weight -> (A, B), B times its scale."""
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel(**source.config("transformer/config.json"))
+    found, unmatched = read_lora(lora, model)
+    if unmatched:
+        warnings.warn(f"{lora}: {len(unmatched)} keys fit nothing, such as {unmatched[0]}", stacklevel=2)
+    return {f"{name}.weight": (down.float(), scale * own * up.float()) for name, (down, up, own) in found.items()}
+
+
+def files_of(source: Checkpoint, out: Path, component: str) -> dict[str, Path]:
+    """The file of each block of a component, by the block's prefix; "" is what belongs to none."""
+    names = source.weight_map(component)
+    if packed := [name for name in names if name.endswith(".weight_scale")]:
+        raise ValueError(f"{source.source} is shrunk already: {component}/ holds {packed[0]}")
+    prefixes = sorted({BLOCK.match(name)[0] for name in names}, key=lambda prefix: (len(prefix), prefix))
+    files = (f"{STEMS[component]}-{k:05d}-of-{len(prefixes):05d}.safetensors" for k in range(1, len(prefixes) + 1))
+    (out / component).mkdir(exist_ok=True)
+    return {prefix: out / component / file for prefix, file in zip(prefixes, files, strict=True)}
+
+
+def shrunk(tensors: dict[str, Tensor], bits: int, adapters: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """A block's tensors, adapters added, and codes with their scales in place of the weights of linear layers."""
+    smaller = {}
+    for name, tensor in tensors.items():
+        if name in adapters:
+            down, up = adapters[name]
+            tensor = (tensor.float() + up @ down).to(tensor.dtype)
+        if given := bits_given(name, tensor.ndim, bits):
+            layer = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False, device="meta")
+            layer.weight = nn.Parameter(tensor, requires_grad=False)
+            packed = quantize(layer, given).state_dict()
+            smaller |= {f"{name.removesuffix('weight')}{key}": value.contiguous() for key, value in packed.items()}
+        else:
+            smaller[name] = tensor.contiguous()
+    return smaller
+
+
+def bits_given(name: str, ndim: int, bits: int) -> int | None:
+    """The bits of a stored tensor's codes, None for what stays as it is."""
+    return bits_of(released_name(name) or "", bits) if name.endswith(".weight") and ndim == 2 else None
+
+
+def announce(source: Checkpoint, out: Path, bits: int, files: dict[str, dict[str, Path]]) -> None:
+    """Say how much will be read, written and needed; OSError where the disk has no room for it."""
+    read, write = {}, {}  # bytes of each file that is not there yet
+    for component, of_component in files.items():
+        shapes = source.shapes(component)
+        for name, size in source.stored_bytes(component).items():
+            file = of_component[BLOCK.match(name)[0]]
+            if not file.exists():
+                less = size_at(shapes[name], bits_given(name, len(shapes[name]), bits), size)
+                read[file], write[file] = read.get(file, 0) + size, write.get(file, 0) + less
+    to_read, to_write = sum(read.values()), sum(write.values())
+    largest = max((read[file] + write[file] for file in read), default=0)
+    free = shutil.disk_usage(out).free
+    told = f"{source.source}: reads {in_gb(to_read)}, writes {in_gb(to_write)} to {out}"
+    if free < ROOM * to_write:
+        raise OSError(f"{told}, where {in_gb(free)} are free")
+    print(f"{told}, needs {in_gb(largest)} of memory", flush=True)
+
+
+def size_at(shape: tuple[int, ...], bits: int | None, stored: int) -> int:
+    """Bytes of a tensor once it is written."""
+    if bits is None:
+        return stored
+    rows, columns = shape
+    pairs = -(-columns // (2 * GROUP))  # of groups
+    return rows * (columns + 4) if bits == 8 else rows * pairs * (GROUP + 8)
+
+
+def in_gb(count: float) -> str:
+    return tqdm.format_sizeof(count, "B")
+
+
+def write_index(source: Checkpoint, component: str, files: dict[str, Path]) -> None:
+    """A component's config, and the index that says which of its files holds what."""
+    places, total = {}, 0
+    for path in files.values():
+        try:
+            with safe_open(path, framework="pt") as weights:
+                places |= dict.fromkeys(weights.keys(), path.name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and run again") from None
+        total += path.stat().st_size
+    folder = next(iter(files.values())).parent
+    write_json(folder / f"{STEMS[component]}.safetensors.index.json",
+               {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})  # fmt: skip
+    write_json(folder / "config.json", source.config(f"{component}/config.json"))
+
+
+def write_small_files(source: Checkpoint, out: Path, asked: dict) -> None:
+    """Tokenizer, image processor and schedule as they are, then the model's index, with which a checkpoint is whole."""
+    for component, names in SMALL_FILES.items():
+        for name in names:
+            if path := source.file(f"{component}/{name}"):
+                (out / component).mkdir(exist_ok=True)
+                with whole_file(out / component / name) as beside:
+                    shutil.copyfile(path, beside)
+    write_json(out / "model_index.json", source.config("model_index.json") | {"_shrunk": asked})
+
+
+def write_json(path: Path, content: dict) -> None:
+    with whole_file(path) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def command_line() -> Parser:
+    """The command's options."""
+    purpose = "Write a checkpoint in fewer bits, block by block. Run again, it goes on where it was cut off."
+    example = "python -m minqwen.shrink Qwen/Qwen-Image-Edit small/ --bits 4"
+    layout = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser("python -m minqwen.shrink", description=purpose, epilog=example, formatter_class=layout)
+    add = parser.add_argument
+    add("model", help="checkpoint folder or hub repository")
+    add("out", metavar="FOLDER", help="where the smaller one goes")
+    add("--bits", type=int, choices=(8, 4), default=4, help="of linear layers; modulation gets 8")
+    add("--lora", metavar="FILE", help="adapters (.safetensors) to merge first, such as Lightning's")
+    add("--lora-scale", type=number(float, -100, 100), default=1.0, help="times the scale that the file asks for")
+    add("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+@one_line("shrink", "interrupted; run it again to go on")
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    asked = command_line().parse_args(arguments)
+    shrink(asked.model, asked.out, asked.bits, asked.lora, asked.lora_scale, not asked.quiet)
+
+
+if __name__ == "__main__":
+    main()
