@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from minqwen.hub import Repository
-from minqwen.quantize import keeps_dtype, make_room
+from minqwen.quantize import FORMAT, keeps_dtype, make_room
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' components, transformers' components
@@ -76,7 +76,10 @@ class Checkpoint:
             if self.folder and (self.folder / UNFINISHED).exists():
                 hint = "python -m minqwen.shrink left it unfinished, run that again"
             raise FileNotFoundError(f"{self.source} has no {name}: {hint}")
-        return read_json(path)
+        found = read_json(path)
+        if (written := (found.get("_shrunk") or {}).get("format", FORMAT)) != FORMAT:
+            raise ValueError(f"{self.source} is shrunk in format {written}, this minqwen reads format {FORMAT}")
+        return found
 
     def weight_map(self, component: str) -> dict[str, str]:
         """Which file holds which tensor of a component: from its index, or else from the files' own headers."""

@@ -226,15 +226,19 @@ def plans(shells: dict[str, Shell], area: int) -> list[Plan]:
     ]
 
 
-def hold(shells: dict[str, Shell], area: int, memory: str | float) -> Turns | None:
-    """How the parts of a pipeline are held: None if all at once; if by turns, a line says what that means here."""
+def hold(pipe, shells: dict[str, Shell], area: int, memory: str | float) -> None:
+    """Give a pipeline its parts: as attributes, or by turns, and then a line says what that means here."""
     device = next((shell.device for shell in shells.values()), torch.device("cpu"))
     plan = choose(plans(shells, area), memory, device)
     if plan.way == "resident":
-        return None
+        for name, shell in shells.items():
+            setattr(pipe, name, shell.open())
+        return
     step = step_seconds(shells["transformer"], plan) if "transformer" in shells else 0
     print(f"memory: {plan}; a step takes about {step:.1f} s")
-    return Turns(shells, streams=plan.way == "stream")
+    pipe.turns = Turns(shells, streams=plan.way == "stream")
+    for name in shells:
+        delattr(pipe, name)
 
 
 def choose(found: list[Plan], memory: str | float, device: torch.device) -> Plan:

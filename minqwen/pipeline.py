@@ -31,7 +31,6 @@ from minqwen.images import (
 )
 from minqwen.memory import Shell, Turns, hold
 from minqwen.prompt import EDIT, EDIT_PLUS, T2I, Prompt, drop_prefix, pad_prompts, tokenize_prompts
-from minqwen.quantize import FORMAT
 from minqwen.sampling import Callback, Velocity, denoise, get_sigmas, guide
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder
 from minqwen.tokenizer import load_tokenizer
@@ -112,22 +111,14 @@ class QwenImagePipeline:
         index = checkpoint.config("model_index.json")
         if (family := index.get("_class_name")) not in FAMILIES:
             raise ValueError(f"{checkpoint.source} is made for {family}; minqwen computes {', '.join(FAMILIES)}")
-        if (written := index.get("_shrunk", {}).get("format", FORMAT)) != FORMAT:
-            raise ValueError(f"{checkpoint.source} is shrunk in format {written}, this minqwen reads format {FORMAT}")
         template = FAMILIES[family]
         tokenizer = load_tokenizer(checkpoint.folder_of("tokenizer", TOKENIZER_FILES))
         settings = load_image_settings(checkpoint.folder_of("processor", PROCESSOR_FILES)) if template else {}
-        kept = {name: part for name, part in PARTS.items() if name not in without}
-        shells = {name: Shell(checkpoint, part, name, device, dtype) for name, part in kept.items()}
+        shells = {name: Shell(checkpoint, PARTS[name], name, device, dtype) for name in PARTS if name not in without}
         schedule = checkpoint.config("scheduler/scheduler_config.json")
         area, scale = index.get("_area", AREA), index.get("_true_cfg_scale", 4.0)  # only our tiny checkpoint has these
         pipe = cls(None, None, None, tokenizer, schedule, settings, template, area, scale)
-        pipe.turns = hold(shells, area, memory)
-        for name, shell in shells.items():
-            if pipe.turns is None:
-                setattr(pipe, name, shell.open())
-            else:
-                delattr(pipe, name)
+        hold(pipe, shells, area, memory)
         return pipe
 
     def __getattr__(self, name: str):

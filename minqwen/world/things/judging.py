@@ -35,6 +35,7 @@ from minqwen.world.things.words import slot
 NEAR = 40  # levels: two grounds nearer than this may be the same one
 WORST = 34.0  # levels, root mean square over a thing: what is further from every template is no clear thing
 WORST_SPOT = 48.0  # the same over any 8x8 pixels: half a thing leaves little on the whole, and much in one spot
+FAINT_SPOT = 32.0  # the least that this may become, where a thing is hardly another colour than the ground
 LEAD = 1.15  # by which the next thing, or colour, must leave more unexplained than the best
 MAX_SPOTS = 0.02  # share of an empty place's pixels that may be off the ground
 MAX_SHIFT = 2  # pixels by which a thing that should stay may have moved or grown
@@ -120,12 +121,18 @@ def unexplained(templates: Templates, cell: np.ndarray, ground: np.ndarray) -> n
     return left.clip(0) / (3 * templates.inside)
 
 
-def worst_spot(look: Look, cell: np.ndarray, ground: np.ndarray) -> float:
-    """What a look leaves in the spot where it leaves most: levels, root mean square over 8x8 pixels."""
+def whole(look: Look, cell: np.ndarray, ground: np.ndarray) -> bool:
+    """Whether a look leaves little in every spot: clearly less than if the thing were missing there."""
     canvas = on_canvas([look])[0]
-    square = np.square(cell - ground + canvas[..., 3:] * ground - canvas[..., :3]).mean(-1)
-    spots = np.lib.stride_tricks.sliding_window_view(square, (4, 4)).mean((2, 3))
-    return float(np.sqrt(spots.max()))
+    thing = canvas[..., :3] - canvas[..., 3:] * ground  # its difference from the ground
+    left, shown = spots(cell - ground - thing), spots(thing)
+    return bool((left < (0.8 * shown).clip(FAINT_SPOT, WORST_SPOT)).all())
+
+
+def spots(difference: np.ndarray) -> np.ndarray:
+    """Root mean squares over 8x8 pixels, from a difference at half the resolution."""
+    square = np.square(difference).mean(-1)
+    return np.sqrt(np.lib.stride_tricks.sliding_window_view(square, (4, 4)).mean((2, 3)))
 
 
 class Seen(NamedTuple):
@@ -172,7 +179,7 @@ def read_place(cell: np.ndarray, ground: np.ndarray) -> tuple[bool | None, Look]
         best.append((float(left.min()), near.looks[int(left.argmin())]))
     best.sort(key=lambda pair: pair[0])
     (first, look), (second, _) = best[:2]
-    clear = first < WORST**2 and second > LEAD**2 * first and worst_spot(look, cell, ground) < WORST_SPOT
+    clear = first < WORST**2 and second > LEAD**2 * first and whole(look, cell, ground)
     return (True if clear else None), look
 
 
