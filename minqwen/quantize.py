@@ -158,15 +158,15 @@ def fit(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     filled = F.pad(w[:, None], (0, -w.shape[1] % (2 * GROUP)), "replicate")[:, 0]  # with the last weight
     w, top, best = filled.unflatten(1, (-1, GROUP)), TOP[bits], None
-    low, high = w.aminmax(dim=-1, keepdim=True)
+    (low, high), mean = w.aminmax(dim=-1, keepdim=True), w.mean(-1, keepdim=True)
     for share in STARTS[bits]:
         scale = share * (high - low) / top
         offset = (high + low) / 2 - scale * top / 2
         for _ in range(2):
-            scale, offset = least_squares(codes_of(w, scale, offset, top), w)
+            scale, offset = least_squares(codes_of(w, scale, offset, top), w, mean)
         scale, offset = scale.bfloat16().float(), offset.bfloat16().float()  # as they will be stored
         q = codes_of(w, scale, offset, top)
-        error = (scale * q + offset - w).square().sum(-1, keepdim=True)
+        error = (scale * q).add_(offset).sub_(w).square_().sum(-1, keepdim=True)
         new = (error, q, scale, offset)
         best = new if best is None else [torch.where(error < best[0], n, b) for n, b in zip(new, best, strict=True)]
     _, q, scale, offset = best
@@ -174,17 +174,20 @@ def fit(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return first | second << 4, scale[..., 0].bfloat16(), offset[..., 0].bfloat16()
 
 
-def least_squares(q: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset, (..., 1), with which codes come nearest to weights; scale 0 where all codes are alike."""
-    mean_q, mean_w = q.mean(-1, keepdim=True), w.mean(-1, keepdim=True)
+def least_squares(q: Tensor, w: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset, (..., 1), with which codes come nearest to weights; scale 0 where all codes are alike.
+
+    mean: that of the weights, (..., 1).
+    """
+    mean_q = q.mean(-1, keepdim=True)
     away = q - mean_q
-    scale = (away * w).sum(-1, keepdim=True) / away.square().sum(-1, keepdim=True).clamp(min=1e-6)
-    return scale, mean_w - scale * mean_q
+    scale = (away * w).sum(-1, keepdim=True) / away.square_().sum(-1, keepdim=True).clamp(min=1e-6)
+    return scale, mean - scale * mean_q
 
 
 def codes_of(w: Tensor, scale: Tensor, offset: Tensor | float, top: int, least: int = 0) -> Tensor:
-    """The nearest codes, as float32; 0 where all weights of a group are alike and the scale is 0."""
-    return ((w - offset) / scale).nan_to_num(0, 0, 0).round().clamp(least, top)
+    """The nearest codes, as float32; where the scale is 0, all weights being alike, any code will do."""
+    return (w - offset).div_(scale.clamp(min=1e-30)).round_().clamp_(least, top)
 
 
 def check_bits(bits: int) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from test_released_size import CONFIGS, RELEASED
 
 from minqwen import memory
-from minqwen.checkpoint import Checkpoint
+from minqwen.checkpoint import Checkpoint, whole_file
 from minqwen.finetune import finetune
 from minqwen.lora import adapters, add_lora
 from minqwen.memory import Plan, Shell, StreamedBlocks, Turns, choose, in_bytes, plans
@@ -59,7 +59,8 @@ def folder(rng, tmp_path) -> Path:
 def write(model, folder: Path) -> None:
     (folder / "transformer").mkdir(exist_ok=True)
     (folder / "transformer/config.json").write_text(json.dumps(model.config), encoding="utf-8")
-    save_file(model.state_dict(), folder / "transformer/model.safetensors")
+    with whole_file(folder / "transformer/model.safetensors") as path:  # never over a file that is mapped
+        save_file(model.state_dict(), path)
 
 
 def shell(folder: Path, streams: bool) -> Shell:
