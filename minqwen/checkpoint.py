@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from minqwen.hub import Repository
-from minqwen.quantize import FORMAT, keeps_dtype, make_room
+from minqwen.quantize import FORMAT, insert_quantized_layers, keeps_dtype
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' components, transformers' components
@@ -203,7 +203,7 @@ class Checkpoint:
             module = module_class(**self.config(f"{component}/config.json")).eval()
         rename = getattr(module_class, "released_name", str)
         stored = {rename(name): tensor for name, tensor in self.tensors(component).items() if rename(name)}
-        make_room(module, stored)
+        insert_quantized_layers(module, stored)
         assign(module, {name: tensor.to("meta") for name, tensor in stored.items()}, f"{self.source}/{component}")
         return module, stored
 

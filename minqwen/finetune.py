@@ -37,6 +37,7 @@ from minqwen.lora import ATTENTION, add_lora, save_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import Precomputed, Sample
 from minqwen.prompt import pad_prompts
+from minqwen.quantize import QuantizedLinear
 from minqwen.run import Run
 from minqwen.sampling import resolution_shift, time_shift
 
@@ -262,6 +263,8 @@ def training(model: nn.Module, settings: Settings) -> Iterator[list[nn.Parameter
     if settings.rank:
         chance = chance_of(settings.seed, "adapters")
         parameters = add_lora(model, settings.rank, targets=tuple(settings.targets), generator=chance)
+    elif any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError("weights of 8 or 4 bits cannot be trained: give a rank, for adapters on them")
     else:
         parameters = list(model.float().requires_grad_(True).parameters())
     if settings.checkpointing:

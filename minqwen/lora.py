@@ -20,7 +20,7 @@ from torch import nn
 
 from minqwen.checkpoint import whole_file
 from minqwen.lora_files import METADATA, read_lora, some
-from minqwen.quantize import LINEAR, QuantizedLinear
+from minqwen.quantize import LINEAR, QuantizedLinear, refuse_fleeting
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of the image stream: what diffusers' and FlyMyAI's trainers adapt
 
@@ -28,12 +28,12 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of the image stream: what di
 class LoRALinear(nn.Module):
     """A linear layer, frozen, and its adapter: (..., in) -> (..., out). The layer's tensors keep their names."""
 
-    def __init__(self, base: nn.Linear | QuantizedLinear, rank: int, scale: float, device: torch.device | None = None):
+    def __init__(self, base: nn.Linear | QuantizedLinear, rank: int, scale: float, device: torch.device):
         super().__init__()
         self.in_features, self.out_features, self.scale = base.in_features, base.out_features, scale
         self.base = (base,)  # in a tuple, and so no sub-module: its tensors stand here, as if they were ours
         self._parameters, self._buffers = base._parameters, base._buffers
-        options = {"bias": False, "device": device or base.weight.device, "dtype": torch.float32}
+        options = {"bias": False, "device": device, "dtype": torch.float32}
         self.lora_A = nn.Linear(base.in_features, rank, **options)
         self.lora_B = nn.Linear(rank, base.out_features, **options)
 
@@ -41,10 +41,13 @@ class LoRALinear(nn.Module):
         out = self.base[0](x)
         return out + (self.scale * self.lora_B(self.lora_A(x.float()))).to(out.dtype)
 
+    def _apply(self, fn, recurse=True):
+        for part in (self.base[0], self.lora_A, self.lora_B):  # the base knows which of its tensors keep their dtype
+            part._apply(fn)
+        return self
+
     def merged(self) -> nn.Linear:
-        """The plain layer that computes the same, summed in float32. Raises ValueError for weights of few bits."""
-        if isinstance(self.base[0], QuantizedLinear):
-            raise ValueError("adapters cannot be merged into weights of 8 or 4 bits: merge first, then quantize")
+        """The plain layer that computes the same, summed in float32."""
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         update = self.scale * self.lora_B.weight.detach() @ self.lora_A.weight.detach()
         plain.weight = nn.Parameter((self.weight.float() + update).to(self.weight.dtype), requires_grad=False)
@@ -96,8 +99,15 @@ def lora_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add every adapter into its layer's weight and take it off. In bfloat16 this cannot be undone exactly."""
-    for name, layer in adapters(model).items():
+    """Add every adapter into its layer's weight and take it off. In bfloat16 this cannot be undone exactly.
+
+    Raises ValueError for weights of 8 or 4 bits, and for weights that come and go (memory.py).
+    """
+    refuse_fleeting(model)
+    layers = adapters(model)
+    if any(isinstance(layer.base[0], QuantizedLinear) for layer in layers.values()):
+        raise ValueError("adapters cannot be merged into weights of 8 or 4 bits: merge first, then quantize")
+    for name, layer in layers.items():
         model.set_submodule(name, layer.merged())
 
 
@@ -157,8 +167,13 @@ def load_lora(model: nn.Module, file: str | os.PathLike | dict[str, torch.Tensor
 
 
 def _attach(model: nn.Module, name: str, rank: int, scale: float) -> LoRALinear:
-    device = next((p.device for p in model.parameters() if not p.is_meta), None)  # where streamed weights will come
-    layer = LoRALinear(model.get_submodule(name), rank, scale, device)
+    base = model.get_submodule(name)
+    device = base.weight.device
+    if device.type == "meta":  # its weights stream: they come to where the others are
+        device = next((p.device for p in model.parameters() if not p.is_meta), device)
+    if device.type == "meta":
+        raise ValueError("this model's weights are away: take it from the pipeline again, then put adapters on it")
+    layer = LoRALinear(base, rank, scale, device)
     model.set_submodule(name, layer)
     return layer
 

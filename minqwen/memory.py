@@ -1,8 +1,8 @@
 """The real model in less memory than its weights take: parts by turns, a table for a third of them, blocks that stream.
 
     resident    every part on the device, whole: the fastest, 57.7 GB in bfloat16
-    turns       text encoder and VAE go before the transformer comes, and come back after it; a table of what the noise
-                levels say stands in for the layers that compute it, a third of the transformer
+    turns       text encoder and VAE go before the transformer comes, and come back after it. What its modulation
+                layers, a third of it, say at each noise level is computed once into a table; they stay away
     stream      the same, and of a part's blocks only two are there: one computes while the next is fetched
 
 Weights are mapped from their files: what is not used is not read, and what was dropped can be read again.
@@ -30,11 +30,12 @@ WAYS = ("resident", "turns", "stream")
 MODULATION = "_mod."  # in the names of a block's modulation layers
 BLOCKS = "transformer_blocks"
 SPARE = 0.9  # the share of free memory that is counted on
-LIVING = 40  # numbers a token and channel that a forward pass holds at once, attention's and the MLP's included
+ACTIVATIONS = 40  # numbers a token and channel that are taken to live at once in a forward pass; an estimate
+LEVELS = 50  # of noise, for which the table is counted
 
 
 class Shell:
-    """A part of a pipeline whose weights come and go; adapters that are put on it stay.
+    """A part of a pipeline whose weights come and go. Adapters that are put on it stay; any other change is lost.
 
     Raises as Checkpoint.load does. Until `open` and after `close` its module is on the meta device.
     """
@@ -49,6 +50,7 @@ class Shell:
 
     def arrange(self, streams: bool, table: bool) -> None:
         """What `open` leaves out. streams: blocks, which get their weights one by one; table: modulation layers."""
+        self.module.comes_and_goes = True
         self.left_out = tuple(name for name in self.stored if table and MODULATION in name)
         for name in block_lists(self.stored) if streams else ():
             self.module.set_submodule(name, self.streamed(name, lambda each: each not in self.left_out))
@@ -73,6 +75,7 @@ class Shell:
         tensor = self.stored[name]
         return tensor.numel() * (tensor.dtype if keeps_dtype(name, tensor) else self.dtype).itemsize
 
+    @torch.inference_mode(False)  # a gradient may go through them later
     def open(self) -> nn.Module:
         names = [name for name in self.stored if name not in self.left_out]
         bar = tqdm(names, desc=f"loading {self.component}", unit=" tensors", leave=False, disable=len(names) < 500)
@@ -154,7 +157,7 @@ class Turns:
         self.shells, self.opened = shells, set()
         first = next(iter(shells.values()))
         self.like = torch.empty(0, dtype=first.dtype, device=first.device)
-        self.table, self.made_with = {}, None
+        self.table = {}
         for name, shell in shells.items():
             shell.arrange(streams, table=name == "transformer")
 
@@ -168,15 +171,15 @@ class Turns:
         return self.shells[name].module
 
     def prepare(self, sigmas: Tensor) -> None:
-        """Make the table for the noise levels of a run, unless it is there, with the adapters that are on now."""
-        made_with = [id(layer) for layer in adapters(self["transformer"]).values()]
-        if made_with != self.made_with or not set(sigmas.tolist()) <= self.table.keys():
-            self.table, self.made_with = self.shells["transformer"].modulations(sigmas), made_with
+        """Make the table for the noise levels of a run, unless it is there; always where adapters have a say in it."""
+        adapted = any(MODULATION in name for name in adapters(self["transformer"]))
+        if adapted or not set(sigmas.tolist()) <= self.table.keys():
+            self.table = self.shells["transformer"].modulations(sigmas)
 
     def modulations(self, sigma: float) -> Modulations:
         """What the noise level sigma says; at a level that `prepare` was not told of it is computed now."""
-        if sigma not in self.table:
-            self.table |= self.shells["transformer"].modulations(torch.tensor([sigma]))
+        if sigma not in self.table and self["transformer"] is not None:  # which opens it
+            self.table |= self.shells["transformer"].modulations(torch.tensor([sigma], dtype=torch.float64))
         return self.table[sigma]
 
 
@@ -210,10 +213,11 @@ def plans(shells: dict[str, Shell], area: int) -> list[Plan]:
     if "transformer" in shells:
         shell = shells["transformer"]
         width, image, text = shell.module.img_in.out_features, 2 * area // 256, area // 784 + 64
-        living = (image + text) * LIVING * width * shell.dtype.itemsize
+        living = (image + text) * ACTIVATIONS * width * shell.dtype.itemsize
         weights = 12 * width**2 * len(shell.module.transformer_blocks)  # of each stream
         operations = 2 * 2 * weights * (image + text)  # two passes, a product and a sum for each weight
         fetched = without_table["transformer"]
+        living += LEVELS * 12 * width * len(shell.module.transformer_blocks) * shell.dtype.itemsize  # the table
 
     def by_turns(sizes: dict[str, int]) -> int:
         others = sum(size for name, size in sizes.items() if name != "transformer")
@@ -228,7 +232,9 @@ def plans(shells: dict[str, Shell], area: int) -> list[Plan]:
 
 def hold(pipe, shells: dict[str, Shell], area: int, memory: str | float) -> None:
     """Give a pipeline its parts: as attributes, or by turns, and then a line says what that means here."""
-    device = next((shell.device for shell in shells.values()), torch.device("cpu"))
+    if not shells:
+        return
+    device = next(iter(shells.values())).device
     plan = choose(plans(shells, area), memory, device)
     if plan.way == "resident":
         for name, shell in shells.items():
@@ -248,7 +254,7 @@ def choose(found: list[Plan], memory: str | float, device: torch.device) -> Plan
     """
     if isinstance(memory, str) and memory in WAYS:
         return found[WAYS.index(memory)]
-    if memory != "auto" and not (isinstance(memory, int | float) and memory > 0):
+    if memory != "auto" and (isinstance(memory, bool) or not (isinstance(memory, int | float) and memory > 0)):
         raise ValueError(f"memory={memory!r}: expected auto, {', '.join(WAYS)}, or a number of GiB")
     budget = SPARE * free_memory(device) if memory == "auto" else memory * 2**30
     fitting = [plan for plan in found if plan.peak <= budget]

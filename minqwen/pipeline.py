@@ -111,13 +111,12 @@ class QwenImagePipeline:
         index = checkpoint.config("model_index.json")
         if (family := index.get("_class_name")) not in FAMILIES:
             raise ValueError(f"{checkpoint.source} is made for {family}; minqwen computes {', '.join(FAMILIES)}")
-        template = FAMILIES[family]
         tokenizer = load_tokenizer(checkpoint.folder_of("tokenizer", TOKENIZER_FILES))
-        settings = load_image_settings(checkpoint.folder_of("processor", PROCESSOR_FILES)) if template else {}
+        settings = load_image_settings(checkpoint.folder_of("processor", PROCESSOR_FILES)) if FAMILIES[family] else {}
         shells = {name: Shell(checkpoint, PARTS[name], name, device, dtype) for name in PARTS if name not in without}
         schedule = checkpoint.config("scheduler/scheduler_config.json")
         area, scale = index.get("_area", AREA), index.get("_true_cfg_scale", 4.0)  # only our tiny checkpoint has these
-        pipe = cls(None, None, None, tokenizer, schedule, settings, template, area, scale)
+        pipe = cls(None, None, None, tokenizer, schedule, settings, FAMILIES[family], area, scale)
         hold(pipe, shells, area, memory)
         return pipe
 
@@ -227,7 +226,7 @@ class QwenImagePipeline:
         texts = [prompt, negative_prompt] if guided else [prompt]
         prompts = [self.encode_prompt(text, conditions) for text in texts]
         references = [self.encode_image(image) for image in working]
-        if self.turns is not None:
+        if self.turns is not None and "transformer" not in vars(self):  # else it is somebody else's
             self.turns.prepare(sigmas)
         velocity = self.velocity(prompts, references, width, height, scale)
         with tqdm(total=steps, desc=f"{width}x{height}", disable=not progress) as bar:
@@ -244,6 +243,7 @@ class QwenImagePipeline:
         """
         shapes = [(1, height // 16, width // 16)]
         shapes += [(1, z.shape[-2] // 2, z.shape[-1] // 2) for z in references]
+        turns = None if "transformer" in vars(self) else self.turns
         clean = [pack_latents(z).to(self.dtype) for z in references]
         if len(prompts) == 2 and sum(h * w for _, h, w in shapes) <= GUIDE_TOGETHER:
             prompts = [pad_prompts(prompts)]
@@ -252,7 +252,7 @@ class QwenImagePipeline:
         def velocity(latents: torch.Tensor, sigma: float) -> torch.Tensor:
             tokens = torch.cat([latents.to(self.dtype), *clean], dim=1)
             timestep = torch.full((1,), sigma, device=self.device)  # filled there: a copy would wait for the GPU
-            table = {} if self.turns is None else {"modulations": self.turns.modulations(sigma)}
+            table = {} if turns is None else {"modulations": turns.modulations(sigma)}
             predictions = []
             for embeds, mask in prompts:
                 rows = tokens.expand(len(embeds), -1, -1)

@@ -1,4 +1,4 @@
-"""Linear layers whose weights take 8 or 4 bits; they are unpacked where they are used, and nowhere kept so.
+"""Linear layers whose weights take 8 or 4 bits; they are unpacked where they are used, and not kept so.
 
     8 bits: w = scale * q, a scale for each row, q from -127 to 127
     4 bits: w = offset + scale * q, both for each 64 inputs of a row, q from 0 to 15: 4.5 bits a weight in all
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUP = 64  # weights of a row that share a scale and an offset at 4 bits
-TOP = {8: 127, 4: 15, 3: 7}  # the largest code. 3 bits are there to see what they lose: they take the room of 4
+TOP = {8: 127, 4: 15, 3: 7}  # the largest code. 3 bits are for comparison only: they are stored as 4
 STARTS = {4: (1.0, 0.85), 3: (1.0, 0.8, 0.6)}  # shares of a group's range from which `fit` begins
-AT_ONCE = 2**18  # weights that are unpacked or fitted at a time on a CPU: they stay in its cache
-FORMAT = 1  # of codes, scales and offsets in files; a change of any of them is another number
-KEPT = threading.local()  # .room: memory for one layer's numbers, a thread
+CHUNK = 2**18  # weights that are unpacked or fitted at a time on a CPU: they stay in its cache
+FORMAT = 1  # to be raised when the layout of codes, scales or offsets in files changes
+SCRATCH = threading.local()  # .room: memory for one layer's numbers, a thread
 INSIDE = ("transformer_blocks.", "model.layers.", "visual.blocks.")  # where linear layers are given fewer bits
 AS_STORED = (".weight_scale", ".weight_offset")  # ends of names of tensors that keep their dtype when others change it
 
@@ -51,7 +51,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", torch.empty(out_features, device=device, dtype=dtype) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return Product.apply(x, self)
+        return QuantizedMatmul.apply(x, self)
 
     def unpacked(self, dtype: torch.dtype = torch.float32, room: Tensor | None = None) -> Tensor:
         """The weights as numbers, (out, in): the same on every device, since each step is rounded to float32.
@@ -71,32 +71,41 @@ class QuantizedLinear(nn.Module):
         """The inputs, filled up to whole groups."""
         return self.weight.shape[1] * (1 if self.bits == 8 else 2)
 
-    def for_now(self, dtype: torch.dtype) -> Tensor:
+    def into_scratch(self, dtype: torch.dtype) -> Tensor:
         """`unpacked` into memory that the next call writes over: on a CPU, new memory costs more than unpacking."""
         if self.weight.device.type != "cpu":
             return self.unpacked(dtype)
-        kept, needed = getattr(KEPT, "room", torch.empty(0)), self.out_features * self.columns
+        kept, needed = getattr(SCRATCH, "room", torch.empty(0)), self.out_features * self.columns
         if kept.dtype != dtype or len(kept) < needed:
             with torch.inference_mode(False):  # else training could not write to it later
-                kept = KEPT.room = torch.empty(needed, dtype=dtype)
+                kept = SCRATCH.room = torch.empty(needed, dtype=dtype)
         return self.unpacked(dtype, kept[:needed].view(self.out_features, -1))
+
+    def _apply(self, fn, recurse=True):
+        """`.to()` and its like move codes and scales, but never change their dtype."""
+        before = {name: self._buffers[name] for name in ("weight_scale", "weight_offset")}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            if old is not None and self._buffers[name].dtype != old.dtype:
+                self._buffers[name] = old.to(self._buffers[name].device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, bias={self.bias is not None}"
 
 
-class Product(torch.autograd.Function):
+class QuantizedMatmul(torch.autograd.Function):
     """x W^T + b of a QuantizedLinear; what is unpacked is dropped at once, and unpacked again for the gradient of x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, layer.for_now(x.dtype), bias)
+        return F.linear(x, layer.into_scratch(x.dtype), bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.for_now(grad.dtype), None
+        return grad @ ctx.layer.into_scratch(grad.dtype), None
 
 
 LINEAR = (nn.Linear, QuantizedLinear)
@@ -122,7 +131,7 @@ def unpack_groups(out: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> 
 
 def slices(matrix: Tensor) -> list[slice]:
     """All rows, so many at a time: on a CPU as fit into its cache, elsewhere all at once."""
-    rows = max(1, AT_ONCE // matrix.shape[1]) if matrix.device.type == "cpu" else len(matrix)
+    rows = max(1, CHUNK // matrix.shape[1]) if matrix.device.type == "cpu" else len(matrix)
     return [slice(first, first + rows) for first in range(0, len(matrix), rows)]
 
 
@@ -204,13 +213,19 @@ def bits_of(name: str, bits: int) -> int | None:
 
 
 def quantize_blocks(model: nn.Module, bits: int) -> None:
-    """Replace a model's linear layers, in place, by those of fewer bits; `bits_of` says which."""
+    """Replace a model's linear layers, in place, by those of fewer bits; `bits_of` says which.
+
+    Raises ValueError for a model with adapters, and for a part of a pipeline whose weights come and go.
+    """
+    refuse_fleeting(model)
+    if any(name.endswith(".lora_A") for name, _ in model.named_modules()):
+        raise ValueError("this model has adapters: merge_lora adds them into the weights, then quantize")
     for name, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and bits_of(name, bits):
             model.set_submodule(name, quantize(layer, bits_of(name, bits)))
 
 
-def make_room(model: nn.Module, stored: dict[str, Tensor]) -> None:
+def insert_quantized_layers(model: nn.Module, stored: dict[str, Tensor]) -> None:
     """Replace the linear layers of a model on the meta device for which `stored` holds codes."""
     layers = dict(model.named_modules())
     for name in [key.removesuffix(".weight_scale") for key in stored if key.endswith(".weight_scale")]:
@@ -219,6 +234,12 @@ def make_room(model: nn.Module, stored: dict[str, Tensor]) -> None:
             bits = 8 if stored[f"{name}.weight"].dtype == torch.int8 else 4
             sizes = layer.in_features, layer.out_features
             model.set_submodule(name, QuantizedLinear(*sizes, bits, layer.bias is not None, device="meta"))
+
+
+def refuse_fleeting(model: nn.Module) -> None:
+    """Raise ValueError for a model whose weights are read again from their files: a change would be forgotten."""
+    if getattr(model, "comes_and_goes", False):
+        raise ValueError('its weights come and go (memory.py): open the pipeline with memory="resident" to change them')
 
 
 def keeps_dtype(name: str, tensor: Tensor) -> bool:

@@ -1,19 +1,20 @@
 """A checkpoint made smaller: its blocks' linear layers at 8 or 4 bits, all else as it was, in the same layout.
 
-    folder or "owner/name"  ->  a folder that from_pretrained opens; of 57.7 GB are left 21 at 4 bits
+    folder or "owner/name"  ->  a folder that from_pretrained opens; 57.7 GB become 21 at 4 bits
 
     python -m minqwen.shrink Qwen/Qwen-Image-Edit small/ --bits 4
 
 One block at a time: read, from the hub by byte ranges; its adapters merged, if a LoRA file is given; quantized; written
 to a file of its own. So no more than one block is ever in memory, and a run that was cut off goes on with the first
 block that has no file, to the same bytes.
-The surprise: what is left is a third modulation weights, at 8 bits. memory.py never loads them.
+The surprise: a third of the result is modulation weights, at 8 bits, which only `resident` ever loads whole.
 Tests: tests/test_shrink.py. Chapter 11.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -25,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minqwen.checkpoint import BLOCK, UNFINISHED, Checkpoint, whole_file
+from minqwen.checkpoint import BLOCK, UNFINISHED, Checkpoint, read_json, whole_file
 from minqwen.command import Parser, number, one_line
 from minqwen.lora_files import read_lora
 from minqwen.quantize import FORMAT, GROUP, bits_of, check_bits, quantize
@@ -59,15 +60,19 @@ def shrink(
     """
     check_bits(bits)
     source, out = Checkpoint(path_or_repo), Path(out)
-    asked = {"format": FORMAT, "of": source.source, "bits": bits, "lora": lora and digest(lora), "scale": lora_scale}
-    if begin(out, asked):
-        return
     adapters = adapters_of(source, lora, lora_scale) if lora else {}
+    asked = {"format": FORMAT, "bits": bits, "of": fingerprint(source), "lora": digest(adapters) if lora else None}
     files = {component: files_of(source, out, component) for component in STEMS}
+    configs = {component: source.config(f"{component}/config.json") for component in STEMS}
+    if is_whole(out, asked):
+        print(f"{out} is whole already")
+        return
     announce(source, out, bits, files)
+    write_json(out / UNFINISHED, asked)
     total = sum(map(len, files.values()))
     with tqdm(total=total, desc=f"shrinking to {bits} bits", unit=" blocks", disable=not progress) as bar:
         for component, of_component in files.items():
+            (out / component).mkdir(exist_ok=True)
             done = [prefix for prefix, path in of_component.items() if path.exists()]
             bar.update(len(done))
             for prefix, tensors in source.blocks(component, without=done):
@@ -76,35 +81,50 @@ def shrink(
                     save_file(smaller, path, metadata={"format": "pt"})
                 del tensors, smaller  # before the next block is read
                 bar.update()
-            write_index(source, component, of_component)
+            write_index(component, of_component, configs[component])
     write_small_files(source, out, asked)
-    (out / UNFINISHED).unlink()
+    (out / UNFINISHED).unlink(missing_ok=True)
 
 
-def begin(out: Path, asked: dict) -> bool:
-    """Whether the folder holds what is asked for, whole; else it is marked as unfinished.
+def is_whole(out: Path, asked: dict) -> bool:
+    """Whether the folder holds what is asked for, every file of it; if not, it is there to be filled.
 
     Raises ValueError where it holds something else.
     """
     mark, index = out / UNFINISHED, out / "model_index.json"
     if mark.exists() or index.exists():
-        there = json.loads((mark if mark.exists() else index).read_text(encoding="utf-8"))
-        there = there if mark.exists() else there.get("_shrunk")
-        if there != asked:
-            raise ValueError(f"{out} holds something else ({there or 'a whole checkpoint'}): name another folder")
-        return not mark.exists()
-    if out.exists() and any(out.iterdir()):
+        holds = read_json(mark) if mark.exists() else read_json(index).get("_shrunk", {"a whole checkpoint": True})
+        if other := [f"{key} {value}" for key, value in holds.items() if value != asked.get(key)]:
+            raise ValueError(f"{out} holds something else ({', '.join(other)}): name another folder, or delete it")
+        named = [(path.parent, read_json(path)["weight_map"]) for path in out.glob("*/*.index.json")]
+        absent = [file for folder, places in named for file in set(places.values()) if not (folder / file).is_file()]
+        return not mark.exists() and len(named) == len(STEMS) and not absent
+    if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty: name another folder")
     out.mkdir(parents=True, exist_ok=True)
-    with whole_file(mark) as path:
-        path.write_text(json.dumps(asked, indent=2), encoding="utf-8")
     return False
 
 
-def digest(path: str | os.PathLike) -> str:
-    """What a file holds, in a few letters."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def fingerprint(source: Checkpoint) -> str:
+    """Which weights these are, wherever they lie: names and shapes of all, the numbers of some small ones."""
+    told = hashlib.sha256()
+    for component in STEMS:
+        shapes = source.shapes(component)
+        told.update(json.dumps(sorted((name, list(shape)) for name, shape in shapes.items())).encode())
+        small = sorted((math.prod(shape), name) for name, shape in shapes.items())[:: max(1, len(shapes) // 8)][:4]
+        for _, name in small:
+            told.update(source.tensors(component, name)[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return told.hexdigest()[:16]
+
+
+def digest(adapters: dict[str, tuple[Tensor, Tensor]]) -> str:
+    """What adapters say, their scale included, in a few letters."""
+    told = hashlib.sha256()
+    for name, pair in sorted(adapters.items()):
+        told.update(name.encode())
+        for matrix in pair:
+            told.update(matrix.contiguous().numpy().tobytes())
+    return told.hexdigest()[:16]
 
 
 def adapters_of(source: Checkpoint, lora: str | os.PathLike, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
@@ -124,7 +144,6 @@ def files_of(source: Checkpoint, out: Path, component: str) -> dict[str, Path]:
         raise ValueError(f"{source.source} is shrunk already: {component}/ holds {packed[0]}")
     prefixes = sorted({BLOCK.match(name)[0] for name in names}, key=lambda prefix: (len(prefix), prefix))
     files = (f"{STEMS[component]}-{k:05d}-of-{len(prefixes):05d}.safetensors" for k in range(1, len(prefixes) + 1))
-    (out / component).mkdir(exist_ok=True)
     return {prefix: out / component / file for prefix, file in zip(prefixes, files, strict=True)}
 
 
@@ -182,7 +201,7 @@ def in_gb(count: float) -> str:
     return tqdm.format_sizeof(count, "B")
 
 
-def write_index(source: Checkpoint, component: str, files: dict[str, Path]) -> None:
+def write_index(component: str, files: dict[str, Path], config: dict) -> None:
     """A component's config, and the index that says which of its files holds what."""
     places, total = {}, 0
     for path in files.values():
@@ -195,7 +214,7 @@ def write_index(source: Checkpoint, component: str, files: dict[str, Path]) -> N
     folder = next(iter(files.values())).parent
     write_json(folder / f"{STEMS[component]}.safetensors.index.json",
                {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})  # fmt: skip
-    write_json(folder / "config.json", source.config(f"{component}/config.json"))
+    write_json(folder / "config.json", config)
 
 
 def write_small_files(source: Checkpoint, out: Path, asked: dict) -> None:

@@ -15,7 +15,7 @@ from test_released_size import CONFIGS, RELEASED
 from minqwen import memory
 from minqwen.checkpoint import Checkpoint, whole_file
 from minqwen.finetune import finetune
-from minqwen.lora import adapters, add_lora
+from minqwen.lora import adapters, add_lora, merge_lora
 from minqwen.memory import Plan, Shell, StreamedBlocks, Turns, choose, in_bytes, plans
 from minqwen.pipeline import PARTS, QwenImagePipeline
 from minqwen.quantize import quantize_blocks
@@ -143,6 +143,12 @@ def test_adapters_stay_and_the_table_knows_them(way):
             layer.lora_B.weight.data = torch.randn(layer.lora_B.weight.shape, generator=chance) * 0.3
         pictures.append(edited(pipe))
         assert abs(pictures[-1] - before).max() > 20 and (edited(pipe) == pictures[-1]).all()
+        scales = {layer: layer.scale for layer in adapters(pipe.transformer).values()}
+        for layer in scales:
+            layer.scale = 0.0
+        assert (edited(pipe) == before).all()
+        for layer, scale in scales.items():
+            layer.scale = scale
     assert abs(pictures[0] - pictures[1]).max() <= 1
 
 
@@ -199,7 +205,7 @@ def test_the_first_way_that_fits_is_taken(monkeypatch, asked, free, way):
     assert choose(PLANS, asked, torch.device("cpu")).way == way
 
 
-@pytest.mark.parametrize("asked", ["sparse", 0, -1, None, float("nan")])
+@pytest.mark.parametrize("asked", ["sparse", 0, -1, None, True, float("nan")])
 def test_another_word_is_named(asked):
     with pytest.raises(ValueError, match="memory=.*expected auto, resident, turns, stream, or a number of GiB"):
         choose(PLANS, asked, torch.device("cpu"))
@@ -224,9 +230,47 @@ def test_parts_that_come_and_go_are_not_trained_but_can_be_replaced():
     assert isinstance(pipe.text_encoder.model.layers, StreamedBlocks) and pipe.vae is None
     with pytest.raises(AttributeError, match="has no 'encoder'"):
         pipe.encoder  # noqa: B018
-    pipe.vae = opened("resident").vae
-    edited(pipe)
+    resident = opened("resident")
+    pipe.vae = resident.vae
+    before = edited(pipe)
     assert pipe.turns.opened == {"transformer"}
+    pipe.transformer = resident.transformer
+    pipe.transformer.proj_out.weight.data *= 0.5
+    assert (edited(pipe) == edited(resident)).all() and abs(edited(pipe) - before).max() > 20
+
+
+@pytest.mark.parametrize("way", BY_TURNS)
+def test_what_would_be_forgotten_is_refused(way):
+    model = opened(way).transformer
+    add_lora(model, 2)
+    for change in (merge_lora, lambda model: quantize_blocks(model, 8)):
+        with pytest.raises(ValueError, match='open the pipeline with memory="resident" to change them'):
+            change(model)
+
+
+def test_adapters_on_weights_that_are_away_are_refused():
+    pipe = opened("turns")
+    model = pipe.transformer
+    pipe.encode_prompt("a star")
+    with pytest.raises(ValueError, match="weights are away"):
+        add_lora(model, 2)
+
+
+@pytest.mark.parametrize("way", BY_TURNS)
+def test_a_level_that_nobody_announced_is_computed(way):
+    latents, velocities = torch.randn(1, 16, 64), []
+    for pipe in (opened("resident"), opened(way)):
+        prompt = pipe.encode_prompt("a red star")
+        velocities.append(pipe.velocity([prompt], [], 64, 64, 1.0)(latents, 0.7))
+    assert (velocities[0] - velocities[1]).abs().max() <= 1e-5 * velocities[0].abs().max()
+
+
+def test_a_gradient_goes_through_a_part_that_an_edit_opened():
+    pipe = opened("turns")
+    edited(pipe)
+    latents = torch.zeros(1, 16, 1, 2, 2, requires_grad=True)
+    pipe.vae.decode(latents).sum().backward()
+    assert latents.grad.abs().sum() > 0
 
 
 def test_without_a_transformer_nothing_is_painted():

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from minqwen import shrink as library
 from minqwen.checkpoint import Checkpoint
-from minqwen.finetune import flow_loss, make_batch
+from minqwen.finetune import finetune, flow_loss, make_batch
 from minqwen.lora import adapters, add_lora, load_lora, merge_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import Sample
@@ -98,7 +98,11 @@ def test_cut_off_anywhere_it_ends_in_the_same_bytes(small, tmp_path, monkeypatch
     assert run > 5
     assert {k: v for k, v in contents(out).items() if ".part" not in k} == contents(small)
     before = contents(out)
-    shrink(TINY, out, progress=False)  # and once more: nothing to do
+    monkeypatch.undo()
+    shrink(str(TINY) + "/", out, progress=False)  # and once more: nothing to do
+    assert contents(out) == before
+    (out / "transformer/diffusion_pytorch_model-00002-of-00007.safetensors").unlink()
+    shrink(TINY, out, progress=False)  # a file that was lost comes again
     assert contents(out) == before
 
 
@@ -109,7 +113,7 @@ def test_from_the_hub_it_is_the_same_and_reads_each_byte_once(small, tmp_path, m
         shrink("owner/name", tmp_path / "small", progress=False)
     ours, theirs = contents(tmp_path / "small"), contents(small)
     assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name] != theirs[name]] == ["model_index.json"]  # it names another source
+    assert ours == theirs
     assert "owner/name: reads 16.1MB, writes 11.1MB to" in capsys.readouterr().out
     sizes = sum(path.stat().st_size for path in TINY.glob("*/*.safetensors"))
     assert hub.sent_weights() < 1.05 * sizes
@@ -152,17 +156,43 @@ def test_an_adapter_trains_on_four_bits_as_on_the_unpacked_weights(small):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
+def test_its_own_weights_are_not_trained(small):
+    pipe = QwenImagePipeline.from_pretrained(small, device="cpu", without=("vae", "text_encoder"))
+    sample = Sample("", torch.zeros(1, 16, 1, 8, 8), (), torch.zeros(1, 3, 128), torch.zeros(1, 3, 128))
+    with pytest.raises(ValueError, match="give a rank, for adapters on them"):
+        finetune(pipe, [sample], steps=1, rank=0, progress=False)
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
 def test_another_request_for_the_same_folder_is_refused(small, tmp_path):
-    with pytest.raises(ValueError, match="holds something else .*'bits': 4.*: name another folder"):
+    with pytest.raises(ValueError, match="holds something else .bits 4.: name another folder"):
         shrink(TINY, small, 8, progress=False)
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ValueError, match="is not empty: name another folder"):
         shrink(TINY, tmp_path, progress=False)
     with pytest.raises(ValueError, match="holds something else"):
         shrink(TINY, TINY, progress=False)
+
+
+def test_what_was_refused_leaves_nothing_behind(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such LoRA file"):
+        shrink(TINY, tmp_path / "small", lora=tmp_path / "gone.safetensors", progress=False)
+    assert not (tmp_path / "small").exists()
+
+
+def test_another_source_of_the_same_name_is_another(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        shutil.copytree(TINY, tmp_path / name / "here")
+    other = tmp_path / "b/here/transformer/diffusion_pytorch_model.safetensors"
+    tensors = {name: tensor * 2 for name, tensor in load_file(other).items()}
+    save_file(tensors, other)
+    monkeypatch.chdir(tmp_path / "a")
+    shrink("here", tmp_path / "small", progress=False)
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(ValueError, match="holds something else .of "):
+        shrink("here", tmp_path / "small", progress=False)
 
 
 def test_what_is_shrunk_already_is_refused(small, tmp_path):
