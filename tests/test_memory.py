@@ -35,6 +35,7 @@ def edited(pipe, **options) -> np.ndarray:
     return np.asarray(pipe.edit(Image.open(ROOT / "data/pictures/scene.png"), "make the star green", **given), int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_streamed_is_the_picture_of_turns_bit_for_bit_and_the_resident_one(dtype, scale):
@@ -114,6 +115,7 @@ def test_streaming_holds_two_blocks_at_most(folder):
     assert all(p.is_meta for p in blocks.parameters()) and not any(each() is not None for _, each in alive)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", BY_TURNS)
 def test_the_transformer_is_never_there_with_another_part(way, monkeypatch):
     pipe, seen = opened(way), []
@@ -131,6 +133,7 @@ def test_the_transformer_is_never_there_with_another_part(way, monkeypatch):
     assert not [there for there in seen if "transformer" in there and len(there) > 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", BY_TURNS)
 def test_adapters_stay_and_the_table_knows_them(way):
     targets = ("to_q", "img_mod.1", "txt_mod.1", "img_mlp.net.2")
@@ -216,6 +219,7 @@ def test_too_little_memory_is_named(monkeypatch):
         choose(PLANS, 4, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_a_line_says_what_was_chosen(capsys):
     opened("turns")
     assert "memory: turns, about" in capsys.readouterr().out
@@ -223,6 +227,7 @@ def test_a_line_says_what_was_chosen(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_parts_that_come_and_go_are_not_trained_but_can_be_replaced():
     pipe = opened("stream", without="vae")
     with pytest.raises(ValueError, match='memory="resident"'):
@@ -239,6 +244,7 @@ def test_parts_that_come_and_go_are_not_trained_but_can_be_replaced():
     assert (edited(pipe) == edited(resident)).all() and abs(edited(pipe) - before).max() > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", BY_TURNS)
 def test_what_would_be_forgotten_is_refused(way):
     model = opened(way).transformer
@@ -248,6 +254,7 @@ def test_what_would_be_forgotten_is_refused(way):
             change(model)
 
 
+@pytest.mark.slow
 def test_adapters_on_weights_that_are_away_are_refused():
     pipe = opened("turns")
     model = pipe.transformer
@@ -256,6 +263,7 @@ def test_adapters_on_weights_that_are_away_are_refused():
         add_lora(model, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", BY_TURNS)
 def test_a_level_that_nobody_announced_is_computed(way):
     latents, velocities = torch.randn(1, 16, 64), []
@@ -265,6 +273,7 @@ def test_a_level_that_nobody_announced_is_computed(way):
     assert (velocities[0] - velocities[1]).abs().max() <= 1e-5 * velocities[0].abs().max()
 
 
+@pytest.mark.slow
 def test_a_gradient_goes_through_a_part_that_an_edit_opened():
     pipe = opened("turns")
     edited(pipe)
@@ -273,6 +282,7 @@ def test_a_gradient_goes_through_a_part_that_an_edit_opened():
     assert latents.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_without_a_transformer_nothing_is_painted():
     with pytest.raises(ValueError, match="opened without its transformer"):
         edited(opened("turns", without="transformer"))

@@ -271,6 +271,7 @@ def test_what_should_stay_must_stay_where_it_is():
     assert judge(draw(scene.with_things(scene.things[0])), added)  # nobody said where exactly
 
 
+@pytest.mark.slow
 def test_open_wishes_take_every_right_picture_and_no_wrong_one():
     two = Wish((Slot(family="animal"),) * 2, "blue")
     edit = Edit("open", None, "two animals on a blue background", Scene("blue"), wanted=two)
