@@ -90,6 +90,7 @@ def test_a_prefix_of_a_single_file_comes_by_byte_ranges(hub):
     assert hub.sent_weights() == headers(hub.folder / "vae") + 10
 
 
+@pytest.mark.slow
 def test_blocks_come_one_at_a_time(hub, wanted, capsys):
     checkpoint, found, order, earlier, alive = Checkpoint("owner/name"), {}, [], [], []
     fetch = Repository.fetch

@@ -76,6 +76,7 @@ def inputs(model, sigma: float) -> tuple:
     return img, txt, None, torch.tensor([sigma]), [[(1, 2, 3), (1, 2, 2)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("bits", [None, 4])
 @torch.no_grad()

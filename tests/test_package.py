@@ -147,6 +147,7 @@ def test_make_help_and_the_readme_name_what_make_does():
     assert set(re.findall(r"`make (\w+)`", README)) <= set(targets)
 
 
+@pytest.mark.slow
 def test_the_timings_have_their_place_in_the_readme():
     printed = "95.00s call     notebooks/10_a.ipynb::\n11.04s call     notebooks/01_b.ipynb::\n"
     seconds = timings.chapter_seconds(printed) | {"06": 50.0}

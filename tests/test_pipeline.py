@@ -296,6 +296,7 @@ def test_other_families_are_refused_by_name(tmp_path, family):
         QwenImagePipeline.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_only_draws(tmp_path):
     """Qwen-Image and -2512 have no processor/; they draw, and say so when asked to edit."""
     shutil.copytree(TINY, tmp_path / "t2i", ignore=shutil.ignore_patterns("processor"))

@@ -213,6 +213,7 @@ def test_training_on_the_cache_gives_the_same_losses(whole, pipe, data):
     assert losses[0] == losses[1] and len(set(losses[0])) == 2
 
 
+@pytest.mark.slow
 def test_the_empty_prompt_depends_on_the_picture_in_an_edit_only(pipe, data):
     edits, drawings = run(pipe, data, None), run(pipe, data, None, control=None)
     assert not torch.equal(edits[0].empty[:, -6:], edits[1].empty[:, -6:])
@@ -264,6 +265,7 @@ def test_a_cache_of_an_earlier_format_opens(data):
 # ----------------------------------------------------------------------------------------------- again, and again
 
 
+@pytest.mark.slow
 def test_a_second_run_computes_nothing_and_the_cache_opens_without_a_model(pipe, data):
     first = run(pipe, data)
     assert (first.computed, first.reused, len(pipe.prompts)) == (5, 0, 10)
@@ -289,6 +291,7 @@ def test_only_what_changed_is_computed_again(pipe, data):
     assert changed.computed == 1 and all_equal(changed, run(pipe, data, None))
 
 
+@pytest.mark.slow
 def test_white_space_around_a_caption_and_the_samples_name_change_nothing(pipe, data):
     run(pipe, data)
     caption = data / "images" / "cat.txt"
@@ -368,6 +371,7 @@ def test_a_fingerprint_feels_every_encoder_and_nothing_else(whole):
     assert fingerprint(pipe) != before
 
 
+@pytest.mark.slow
 def test_files_of_samples_that_are_gone_stay_until_pruned(pipe, data):
     run(pipe, data)
     rename(data, "cat", "", lambda path, _: path.unlink())
@@ -378,6 +382,7 @@ def test_files_of_samples_that_are_gone_stay_until_pruned(pipe, data):
     assert sorted((data / "cache").glob("*.safetensors")) == sorted(fewer.kept)
 
 
+@pytest.mark.slow
 def test_equal_samples_are_computed_once(pipe, data):
     rename(data, "cat", "twin", shutil.copy)
     made = run(pipe, data)

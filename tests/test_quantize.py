@@ -178,6 +178,7 @@ def test_which_layers_of_the_released_models_get_fewer_bits():
     assert list(given.values()).count(4) == 12
 
 
+@pytest.mark.slow
 def test_a_quantized_checkpoint_opens_as_what_was_saved(tmp_path):
     model = Checkpoint(TINY).load(QwenImageTransformer2DModel, "transformer")
     quantize_blocks(model, 4)

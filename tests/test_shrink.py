@@ -24,6 +24,7 @@ from minqwen.shrink import main, shrink
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny"
 LORA = TINY / "edit_plus_lora.safetensors"
+pytestmark = pytest.mark.slow  # all of them together, for the folder that they share
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,6 @@ def edited(pipe) -> np.ndarray:
     return np.asarray(pipe.edit(Image.open(ROOT / "data/pictures/scene.png"), "make the star green", **options), int)
 
 
-@pytest.mark.slow
 def test_it_opens_as_the_same_model_quantized_in_memory(small):
     pipe, plain = (QwenImagePipeline.from_pretrained(folder, device="cpu") for folder in (small, TINY))
     for part in (plain.transformer, plain.text_encoder):
@@ -73,7 +73,6 @@ def test_what_is_not_quantized_stays_as_it_was(small):
     assert index == json.loads((TINY / "model_index.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
 def test_cut_off_anywhere_it_ends_in_the_same_bytes(small, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
@@ -106,7 +105,6 @@ def test_cut_off_anywhere_it_ends_in_the_same_bytes(small, tmp_path, monkeypatch
     assert contents(out) == before
 
 
-@pytest.mark.slow
 def test_from_the_hub_it_is_the_same_and_reads_each_byte_once(small, tmp_path, monkeypatch, capsys):
     with serving(TINY) as hub:
         ask_only(hub, tmp_path / "cache", monkeypatch)
@@ -119,7 +117,6 @@ def test_from_the_hub_it_is_the_same_and_reads_each_byte_once(small, tmp_path, m
     assert hub.sent_weights() < 1.05 * sizes
 
 
-@pytest.mark.slow
 def test_a_lora_is_merged_first(tmp_path):
     shrink(TINY, tmp_path / "small", 8, LORA, 0.5, progress=False)
     pipe, plain = (QwenImagePipeline.from_pretrained(f, "cpu", torch.bfloat16) for f in (tmp_path / "small", TINY))
@@ -130,7 +127,6 @@ def test_a_lora_is_merged_first(tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.slow
 def test_an_adapter_trains_on_four_bits_as_on_the_unpacked_weights(small):
     gradients = []
     for unpack in (False, True):

@@ -188,6 +188,7 @@ def test_a_missing_encoding_is_seen():
     assert without_encoding("\n".join(missing + named)) == missing
 
 
+@pytest.mark.slow
 def test_nothing_forks_and_nothing_needs_unix():
     for path in OURS:
         tree = ast.parse(read(path))

@@ -370,6 +370,7 @@ def fitting(scene, colour, shape, place) -> list:
 
 @pytest.mark.parametrize("world", [replace(WORLD, chinese=0.0), ALL, replace(WORLD, chinese=0.0, unseen=True)],
                          ids=["default", "no jitter", "unseen"])
+@pytest.mark.slow
 def test_a_two_picture_edit_says_what_its_target_shows(gen, world):
     """Picture 1 changes; in half of the tasks the words alone, without the number, would fit a thing of it too."""
     count = 0
