@@ -1,6 +1,6 @@
 """What the commands share: the options that open a model, numbers with a range, and an end in one line.
 
-    python -m minqwen.edit, python -m minqwen.finetune, python -m minqwen.precompute
+    python -m minqwen.edit, python -m minqwen.finetune, python -m minqwen.shrink
 
 What is wrong with an option is said before a model is loaded, which may take minutes; argparse puts the option's name
 before it. A command ends with 2 for a wrong option, 130 for Ctrl-C (1 where a run goes on later), 1 for any other error
@@ -20,10 +20,15 @@ from minqwen.pipeline import QwenImagePipeline
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage; `prog` is "python -m minqwen.NAME"."""
+    """The options of python -m minqwen.NAME, defaults in --help; an error is one line."""
+
+    def __init__(self, name: str, purpose: str, example: str):
+        layout = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(f"python -m minqwen.{name}", description=purpose, epilog=example, formatter_class=layout)
+        self.name = name
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog.rpartition('.')[2]}: {message}\n")
+        self.exit(2, f"{self.name}: {message}\n")
 
 
 def number(kind: type, least: float, most: float) -> Callable[[str], float]:

@@ -38,8 +38,7 @@ def command_line() -> Parser:
     """The command's options."""
     purpose = "Change a picture, or make one out of several, as the prompt says. Without a picture: draw one."
     example = 'python -m minqwen.edit photo.jpg "make it winter" --out winter.png'
-    layout = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser("python -m minqwen.edit", description=purpose, epilog=example, formatter_class=layout)
+    parser = Parser("edit", purpose, example)
     add = parser.add_argument
     add("pictures", metavar="PICTURE", nargs="*", help="file to change; several where the checkpoint takes them")
     add("prompt", metavar="PROMPT", help="what to do, in quotes: the last of these words")

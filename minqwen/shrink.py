@@ -11,7 +11,6 @@ The surprise: a third of the result is modulation weights, at 8 bits, which only
 Tests: tests/test_shrink.py. Chapter 11.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -237,8 +236,7 @@ def command_line() -> Parser:
     """The command's options."""
     purpose = "Write a checkpoint in fewer bits, block by block. Run again, it goes on where it was cut off."
     example = "python -m minqwen.shrink Qwen/Qwen-Image-Edit small/ --bits 4"
-    layout = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser("python -m minqwen.shrink", description=purpose, epilog=example, formatter_class=layout)
+    parser = Parser("shrink", purpose, example)
     add = parser.add_argument
     add("model", help="checkpoint folder or hub repository")
     add("out", metavar="FOLDER", help="where the smaller one goes")
