@@ -50,7 +50,8 @@ class Modulation(NamedTuple):
 
 
 def modulate(x: torch.Tensor, mod: Modulation) -> torch.Tensor:
-    return x * (1 + mod.scale) + mod.shift
+    """x (1 + scale) + shift, in one pass."""
+    return torch.addcmul(mod.shift, x, 1 + mod.scale)
 
 
 def split(vectors: torch.Tensor) -> tuple[Modulation, Modulation]:
@@ -111,11 +112,11 @@ class QwenImageTransformerBlock(nn.Module):
             encoder_hidden_states_mask,
             image_rotary_emb,
         )
-        img = img + img_mod1.gate * img_attn
-        txt = txt + txt_mod1.gate * txt_attn
+        img = torch.addcmul(img, img_mod1.gate, img_attn)  # img + gate * img_attn, in one pass
+        txt = torch.addcmul(txt, txt_mod1.gate, txt_attn)
 
-        img = img + img_mod2.gate * self.img_mlp(modulate(self.img_norm2(img), img_mod2))
-        txt = txt + txt_mod2.gate * self.txt_mlp(modulate(self.txt_norm2(txt), txt_mod2))
+        img = torch.addcmul(img, img_mod2.gate, self.img_mlp(modulate(self.img_norm2(img), img_mod2)))
+        txt = torch.addcmul(txt, txt_mod2.gate, self.txt_mlp(modulate(self.txt_norm2(txt), txt_mod2)))
         return clip_fp16(txt), clip_fp16(img)
 
     def modulations(self, temb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

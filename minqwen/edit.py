@@ -26,6 +26,7 @@ from PIL import Image
 from minqwen.checkpoint import Checkpoint, whole_file
 from minqwen.command import Parser, model_options, number, one_line, open_pipeline
 from minqwen.images import calculate_dimensions, load_image
+from minqwen.lightning import load_lightning, steps_of
 from minqwen.lora import load_lora
 from minqwen.lora_files import read_lora
 from minqwen.memory import WAYS
@@ -46,14 +47,14 @@ def command_line() -> Parser:
     model_options(parser)
     ways = f"{', '.join(WAYS)}, or the GiB that it may take; auto: the first of these that fits"
     add("--memory", type=way, default="auto", help=f"how the model is held: {ways}")
-    add("--steps", type=number(int, 1, 1000), default=50, help="from noise to picture")
+    add("--steps", type=number(int, 1, 1000), help="from noise to picture; None: 50, or those of a Lightning file")
     add("--seed", type=number(int, 0, 2**64 - 1), default=0, help="of the noise: another one, another picture")
     add("--guidance", type=number(float, 0, 100), help="towards the prompt, off up to 1; None: the checkpoint's own")
     add("--negative", metavar="PROMPT", default=" ", help="what to keep away from (default: %(default)r)")
     add("--area", type=number(int, 32**2, 2**26), help="pixels at work, 1048576 is 1024x1024; None: the checkpoint's")
     add("--width", type=number(int, 16, 2**14), help="pixels, in 16s; None: as the last picture, or else a square")
     add("--height", type=number(int, 16, 2**14), help="as --width")
-    add("--lora", metavar="FILE", help="adapters (.safetensors) to put on the model")
+    add("--lora", metavar="FILE", help="adapters (.safetensors) to put on the model; Lightning's with their schedule")
     add("--lora-scale", type=number(float, -100, 100), default=1.0, help="times the scale that the file asks for")
     return parser
 
@@ -123,7 +124,11 @@ def open_model(asked: argparse.Namespace) -> QwenImagePipeline:
         shapes = QwenImageTransformer2DModel(**Checkpoint(asked.model).config("transformer/config.json"))
     named(asked.lora, read_lora, shapes)
     pipe = open_pipeline(asked, memory=asked.memory)
-    load_lora(pipe.transformer, asked.lora, asked.lora_scale)
+    if steps := steps_of(asked.lora):
+        load_lightning(pipe, asked.lora, asked.lora_scale)
+        print(f"{asked.lora}: made for {steps} steps without guidance, with a schedule of its own")
+    else:
+        load_lora(pipe.transformer, asked.lora, asked.lora_scale)
     return pipe
 
 
@@ -133,6 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command_line()
     asked = parser.parse_intermixed_args(arguments)
     check_together(parser, asked)
+    asked.steps = asked.steps or steps_of(asked.lora) or 50
     how = {"prompt": asked.prompt, "width": asked.width, "height": asked.height, "num_inference_steps": asked.steps}
     how |= {"negative_prompt": asked.negative, "true_cfg_scale": asked.guidance}
     how["generator"] = torch.Generator().manual_seed(asked.seed)

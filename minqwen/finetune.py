@@ -33,13 +33,15 @@ from tqdm import trange
 from minqwen.checkpoint import whole_file
 from minqwen.command import model_options, one_line, open_pipeline
 from minqwen.images import pack_latents
-from minqwen.lora import ATTENTION, add_lora, save_lora
+from minqwen.lora import ATTENTION, adapters, add_lora, save_lora
+from minqwen.memory import MODULATION, together
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import Precomputed, Sample
 from minqwen.prompt import pad_prompts
 from minqwen.quantize import QuantizedLinear
 from minqwen.run import Run
 from minqwen.sampling import resolution_shift, time_shift
+from minqwen.transformer import Modulations
 
 TIMESTEP_SAMPLING = ("shifted", "uniform", "logit-normal")
 STATE, LOG, LORA = "checkpoint.pt", "log.csv", "lora.safetensors"  # the files in out_dir
@@ -60,6 +62,7 @@ class Settings:
     accumulate: int = setting(1, "batches that make one step")
     lr: float = setting(1e-4, "the highest learning rate")
     rank: int | None = setting(16, "of the adapters; 0: train every weight, in float32")
+    levels: int = setting(0, "noise levels in a table, instead of a third of the weights; 0: every level, no table")
     targets: Sequence[str] = setting(ATTENTION, "ends of the adapted layers' names", nargs="+", type=str, metavar="END")
     timestep_sampling: str = setting("shifted", "noise levels; shifted: as sampling does", choices=TIMESTEP_SAMPLING)
     caption_dropout: float = setting(0.1, "share of captions replaced by the empty one")
@@ -70,6 +73,8 @@ class Settings:
     def __post_init__(self):
         if min(self.steps, self.batch_size, self.accumulate, self.save_every) < 1:
             raise ValueError("steps, batch_size, accumulate and save_every must be at least 1")
+        if self.levels < 0 or (self.levels and not self.rank):
+            raise ValueError(f"levels={self.levels}: 0 or more, and 0 where every weight is trained (rank 0)")
         sample_sigmas(0, self.timestep_sampling)  # a wrong word is reported before any work
 
 
@@ -184,9 +189,13 @@ def finetune(
     Raises TypeError for a keyword that is unknown; ValueError for a dataset that is empty, a setting that cannot be,
     and settings other than those of the run in out_dir; FloatingPointError when a loss is no longer finite.
     """
-    if pipe.turns is not None:
-        raise ValueError('training needs the whole transformer at hand: open the pipeline with memory="resident"')
-    settings, groups = Settings(**keywords), group_by_shape(dataset)
+    settings = Settings(**keywords)
+    if pipe.turns is not None and not (settings.levels and not pipe.turns.streams):
+        way = 'open the pipeline with memory="resident", or with memory="turns" and give levels=1000'
+        raise ValueError(f"training needs the whole transformer at hand: {way}")
+    if settings.levels and pipe.turns is None:
+        raise ValueError('levels: a table stands in for weights that memory="turns" leaves away, so open it with that')
+    groups = group_by_shape(dataset)
     steps, size = settings.steps, settings.batch_size * settings.accumulate
     folder = None if out_dir is None else Path(out_dir)
     lasting = {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
@@ -196,12 +205,13 @@ def finetune(
         parts = {"weights": nn.ParameterList(parameters), "optimizer": optimizer}
         run = Run(folder and folder / STATE, folder and folder / LOG, Row._fields, parts, lasting)
         run.resume()
+        table = noise_table(pipe, settings.levels)
         if preview and not run.step:
             preview(0)
         order = steps_from(run.step, groups, size, settings.seed)
         for step in trange(run.step, steps, initial=run.step, total=steps, desc="finetune", disable=not progress):
             samples = [dataset[i] for i in next(order)]
-            rows = accumulate_gradients(pipe, samples, settings, step)
+            rows = accumulate_gradients(pipe, samples, settings, step, table)
             if bad := [s.name for s, row in zip(samples, rows, strict=True) if not math.isfinite(row.loss)]:
                 raise FloatingPointError(f"step {step}: the loss of {bad} is not finite; try an lr below {settings.lr}")
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -219,10 +229,21 @@ def finetune(
     return [Row(*row) for row in run.rows]
 
 
-def accumulate_gradients(pipe: QwenImagePipeline, samples: list[Sample], settings: Settings, step: int) -> list[Row]:
+def noise_table(pipe: QwenImagePipeline, levels: int) -> list[Modulations]:
+    """What the noise levels 1 / levels, 2 / levels, ..., 1 say to the transformer, kept in the host's memory."""
+    if any(MODULATION in name for name in adapters(pipe.transformer)) and levels:
+        raise ValueError("adapters on modulation layers change what a table holds: train them with levels=0")
+    sigmas = torch.arange(1, levels + 1) / max(1, levels)
+    return list(pipe.turns.shells["transformer"].modulations(sigmas, "cpu").values()) if levels else []
+
+
+def accumulate_gradients(
+    pipe: QwenImagePipeline, samples: list[Sample], settings: Settings, step: int, table: Sequence[Modulations] = ()
+) -> list[Row]:
     """The gradient of one step, batch by batch; returns each sample's row of the log.
 
     All chance is drawn for the whole step first, on the CPU: the same however the step is cut and wherever it runs.
+    table: of `noise_table`; noise levels are then rounded to one of its own.
     """
     device, tokens = pipe.device, samples[0].latents[0, 0].numel() // 4
     chance = chance_of(settings.seed, "step", step)
@@ -230,12 +251,19 @@ def accumulate_gradients(pipe: QwenImagePipeline, samples: list[Sample], setting
     shift = resolution_shift(tokens, **pipe.schedule)
     sigma = sample_sigmas(len(samples), settings.timestep_sampling, shift, chance)
     noise = torch.randn(len(samples), tokens, 64, generator=chance)
+    if table:
+        places = (sigma * len(table)).round().clamp(min=1).long()
+        sigma = places / len(table)
     losses = []
     for i in range(0, len(samples), settings.batch_size):
         part = slice(i, i + settings.batch_size)
         batch = make_batch(samples[part], dropped[part]).to(device, pipe.dtype)
+        transformer = pipe.transformer
+        if table:
+            rows = together([table[place - 1] for place in places[part]], device)
+            transformer = partial(transformer, modulations=rows)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = flow_loss(pipe.transformer, batch, sigma[part].to(device), noise[part].to(device))
+            loss = flow_loss(transformer, batch, sigma[part].to(device), noise[part].to(device))
         (loss.sum() / len(samples)).backward()  # adds up to the gradient of the mean over the whole step
         losses += loss.tolist()
     return [Row(step, *pair) for pair in zip(sigma.tolist(), losses, strict=True)]
@@ -336,7 +364,8 @@ def main(arguments: list[str] | None = None) -> None:
     Settings(**keywords)  # wrong ones, and a cache that is not there, before minutes are spent on loading a model
     dataset = Precomputed.open(asked.cache)
     prompt = asked.preview_prompt
-    pipe = open_pipeline(asked, without=() if prompt else ("text_encoder", "vae"))
+    without, memory = () if prompt else ("text_encoder", "vae"), "turns" if asked.levels else "resident"
+    pipe = open_pipeline(asked, without, memory)
     preview = prompt and picture_preview(pipe, asked.out, prompt, asked.preview_image)
     log = finetune(pipe, dataset, asked.out, preview=preview, progress=not asked.quiet, **keywords)
     losses = [row.loss for row in log[-100:]]

@@ -2,7 +2,8 @@
 
     resident    every part on the device, whole: the fastest, 57.7 GB in bfloat16
     turns       text encoder and VAE go before the transformer comes, and come back after it. What its modulation
-                layers, a third of it, say at each noise level is computed once into a table; they stay away
+                layers, a third of it, say at each noise level is computed once into a table; they stay away.
+                So do the layers with which the last block would change the text, which nobody reads any more
     stream      the same, and of a part's blocks only two are there: one computes while the next is fetched
 
 Weights are mapped from their files: what is not used is not read, and what was dropped can be read again.
@@ -13,7 +14,7 @@ Tests: tests/test_memory.py. Chapter 11.
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from minqwen.transformer import Modulations
 WAYS = ("resident", "turns", "stream")
 MODULATION = "_mod."  # in the names of a block's modulation layers
 BLOCKS = "transformer_blocks"
+UNREAD = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp")  # in the last block: what they give goes to nobody
 SPARE = 0.9  # the share of free memory that is counted on
 ACTIVATIONS = 40  # numbers a token and channel that are taken to live at once in a forward pass; an estimate
 LEVELS = 50  # of noise, for which the table is counted
@@ -48,10 +50,13 @@ class Shell:
         self.empty = self.module.state_dict()
         self.left_out: tuple[str, ...] = ()
 
-    def arrange(self, streams: bool, table: bool) -> None:
-        """What `open` leaves out. streams: blocks, which get their weights one by one; table: modulation layers."""
+    def arrange(self, streams: bool) -> None:
+        """What `open` leaves out: a transformer's modulation and unread layers; streams: blocks, which come singly."""
         self.module.comes_and_goes = True
-        self.left_out = tuple(name for name in self.stored if table and MODULATION in name)
+        unread = unread_layers(self.stored)
+        for name in unread:
+            self.module.get_submodule(name).forward = unchanged
+        self.left_out = tuple(name for name in self.stored if MODULATION in name or name.startswith(unread))
         for name in block_lists(self.stored) if streams else ():
             self.module.set_submodule(name, self.streamed(name, lambda each: each not in self.left_out))
             self.left_out += tuple(each for each in self.stored if each.startswith(f"{name}."))
@@ -86,15 +91,17 @@ class Shell:
     def close(self) -> None:
         self.module.load_state_dict(self.empty, strict=False, assign=True)
 
-    @torch.inference_mode()
-    def modulations(self, sigmas: Tensor) -> dict[float, Modulations]:
-        """What each noise level says to every block of an open transformer and to its exit, made block by block."""
-        blocks, like = self.module.get_submodule(BLOCKS), torch.empty(0, dtype=self.dtype, device=self.device)
-        self.module.set_submodule(BLOCKS, self.streamed(BLOCKS, lambda name: MODULATION in name))
-        try:
-            of_blocks, of_exit = self.module.modulations(sigmas.to(self.device), like)
-        finally:
-            self.module.set_submodule(BLOCKS, blocks)
+    @torch.no_grad()
+    def modulations(self, sigmas: Tensor, keep_on: torch.device | str | None = None) -> dict[float, Modulations]:
+        """What each noise level says to every block of an open transformer and to its exit, made block by block.
+
+        keep_on: where the table lies, by default where the transformer is.
+        """
+        keep_on, like = keep_on or self.device, torch.empty(0, dtype=self.dtype, device=self.device)
+        temb = self.module.embed_timestep(sigmas.to(self.device), like)
+        blocks = self.streamed(BLOCKS, lambda name: MODULATION in name)
+        of_blocks = [tuple(part.to(keep_on) for part in block.modulations(temb)) for block in blocks]
+        of_exit = self.module.norm_out.modulations(temb[: len(sigmas)]).to(keep_on)
         return {
             sigma: ([at_level(vectors, row) for vectors in of_blocks], of_exit[row : row + 1])
             for row, sigma in enumerate(sigmas.tolist())
@@ -145,21 +152,42 @@ def at_level(vectors: tuple[Tensor, Tensor], row: int) -> tuple[Tensor, Tensor]:
     return img[row :: len(txt)], txt[row : row + 1]
 
 
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def unread_layers(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of UNREAD in the last block of a transformer, by their whole names; none in another part."""
+    last = max((int(name.split(".")[1]) for name in names if name.startswith(f"{BLOCKS}.")), default=None)
+    return () if last is None else tuple(f"{BLOCKS}.{last}.{layer}" for layer in UNREAD)
+
+
 def block_lists(names: dict[str, Tensor]) -> list[str]:
     """The lists of blocks among the names of tensors: "transformer_blocks", or "model.layers" and "visual.blocks"."""
     return sorted({BLOCK.match(name)[0].rsplit(".", 2)[0] for name in names if BLOCK.match(name)[0]})
+
+
+def together(rows: list[Modulations], device: torch.device) -> Modulations:
+    """The rows of several samples as those of a batch (with zero_cond_t: all noisy ones, then all clean ones)."""
+    each_block = zip(*(of_blocks for of_blocks, _ in rows), strict=True)
+    of_blocks = []
+    for block in each_block:
+        img, txt = zip(*block, strict=True)
+        img = torch.stack(img, dim=1).flatten(0, 1)  # (1 or 2, samples, 6C)
+        of_blocks.append((img.to(device), torch.cat(txt).to(device)))
+    return of_blocks, torch.cat([of_exit for _, of_exit in rows]).to(device)
 
 
 class Turns:
     """The parts of a pipeline by name, opened when they are asked for; the transformer is never there with another."""
 
     def __init__(self, shells: dict[str, Shell], streams: bool):
-        self.shells, self.opened = shells, set()
+        self.shells, self.opened, self.streams = shells, set(), streams
         first = next(iter(shells.values()))
         self.like = torch.empty(0, dtype=first.dtype, device=first.device)
         self.table = {}
-        for name, shell in shells.items():
-            shell.arrange(streams, table=name == "transformer")
+        for shell in shells.values():
+            shell.arrange(streams)
 
     def __getitem__(self, name: str) -> nn.Module:
         if name not in self.opened:
@@ -202,9 +230,9 @@ def plans(shells: dict[str, Shell], area: int) -> list[Plan]:
     """Every way, the fastest first, for an edit of so many pixels with guidance."""
     whole, without_table, streamed = {}, {}, {}
     for name, shell in shells.items():
-        blocks = {"": 0}
+        blocks, unread = {"": 0}, unread_layers(shell.stored)
         for each in shell.stored:
-            if MODULATION not in each:
+            if MODULATION not in each and not each.startswith(unread):
                 blocks[BLOCK.match(each)[0]] = blocks.get(BLOCK.match(each)[0], 0) + shell.size(each)
         whole[name] = sum(map(shell.size, shell.stored))
         without_table[name] = sum(blocks.values())

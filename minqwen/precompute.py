@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -37,6 +36,7 @@ from minqwen.checkpoint import whole_file
 from minqwen.images import calculate_dimensions, load_image
 from minqwen.pipeline import AREA, PARTS, QwenImagePipeline
 from minqwen.prompt import T2I
+from minqwen.run import locked
 from minqwen.tokenizer import IMAGE_PAD
 
 FORMAT = "2"  # raise it when the same files give other numbers, or lie in the file in another way
@@ -282,7 +282,7 @@ def _precompute(pipe, sources: list[Source], cache_dir, area: int, progress: boo
     folder, model = Path(cache_dir), fingerprint(pipe)
     folder.mkdir(parents=True, exist_ok=True)
     files, listed, computed = [], [], 0
-    with _locked(folder):
+    with locked(folder):
         for left in folder.glob(".*.part"):  # by a run that was killed
             left.unlink()
         for source in tqdm(sources, **bar):
@@ -300,16 +300,6 @@ def _precompute(pipe, sources: list[Source], cache_dir, area: int, progress: boo
             for file in set(folder.glob("*.safetensors")) - set(files):
                 file.unlink()
     return Precomputed(names, files, computed)
-
-
-def _locked(folder: Path):
-    """A lock on the folder, which the system takes off when its process ends, however that ends."""
-    lock = FileLock(folder / ".lock")
-    try:
-        return lock.acquire(timeout=1)
-    except Timeout:
-        print(f"another run works on {folder}: waiting for it", flush=True)
-        return lock.acquire()
 
 
 def main(arguments: list[str] | None = None) -> None:

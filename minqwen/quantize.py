@@ -1,7 +1,7 @@
 """Linear layers whose weights take 8 or 4 bits; they are unpacked where they are used, and not kept so.
 
-    8 bits: w = scale * q, a scale for each row, q from -127 to 127
-    4 bits: w = offset + scale * q, both for each 64 inputs of a row, q from 0 to 15: 4.5 bits a weight in all
+    8 bits: w = scale * q, a scale for each output, q from -127 to 127
+    4 bits: w = offset + scale * q, both for each 64 inputs of an output, q from 0 to 15: 4.5 bits a weight in all
 
 Inputs, outputs and sums stay in the compute dtype: this saves memory, not operations.
 The surprise: the scale that just covers a group's weights is not the best one. A smaller one cuts the largest off and
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUP = 64  # weights of a row that share a scale and an offset at 4 bits
+GROUP = 64  # weights of an output that share a scale and an offset at 4 bits
 TOP = {8: 127, 4: 15, 3: 7}  # the largest code. 3 bits are for comparison only: they are stored as 4
 STARTS = {4: (1.0, 0.85), 3: (1.0, 0.8, 0.6)}  # shares of a group's range from which `fit` begins
-CHUNK = 2**18  # weights that are unpacked or fitted at a time on a CPU: they stay in its cache
-FORMAT = 1  # to be raised when the layout of codes, scales or offsets in files changes
+CHUNK = 2**18  # weights that are fitted, or unpacked, at a time on a CPU: about what stays in its cache
+FORMAT = 2  # to be raised when the layout of codes, scales or offsets in files changes
 SCRATCH = threading.local()  # .room: memory for one layer's numbers, a thread
 INSIDE = ("transformer_blocks.", "model.layers.", "visual.blocks.")  # where linear layers are given fewer bits
 AS_STORED = (".weight_scale", ".weight_offset")  # ends of names of tensors that keep their dtype when others change it
@@ -28,16 +28,16 @@ AS_STORED = (".weight_scale", ".weight_offset")  # ends of names of tensors that
 class QuantizedLinear(nn.Module):
     """A frozen linear layer of few bits: (..., in_features) -> (..., out_features).
 
-    weight: codes, int8 (out, in) for 8 bits; for 4 bits uint8 (out, groups * 32), two codes a byte: of a row
-    the first half in the low four bits, the second in the high ones. weight_scale:
-    float32 (out, 1) or bfloat16 (out, groups). weight_offset: bfloat16 (out, groups), None for 8 bits. bias or None.
+    weight: codes, the inputs one below the other: int8 (in, out) for 8 bits; for 4 bits uint8 (groups * 32, out), two a
+    byte: the first half of the inputs in the low four bits, the second in the high ones. weight_scale: float32 (1, out)
+    or bfloat16 (groups, out). weight_offset: bfloat16 (groups, out), None for 8 bits. bias or None.
     """
 
     def __init__(self, in_features: int, out_features: int, bits: int, bias: bool = True, device=None, dtype=None):
         super().__init__()
         check_bits(bits)
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        groups = -(-in_features // (2 * GROUP)) * 2  # even: a row has two halves
+        groups = -(-in_features // (2 * GROUP)) * 2  # even: there are two halves
         shapes = {"weight": (in_features, torch.int8), "weight_scale": (1, torch.float32), "weight_offset": None}
         if bits < 8:
             shapes = {
@@ -46,7 +46,7 @@ class QuantizedLinear(nn.Module):
                 "weight_offset": (groups, torch.bfloat16),
             }
         for name, shape in shapes.items():
-            empty = None if shape is None else torch.empty(out_features, shape[0], dtype=shape[1], device=device)
+            empty = None if shape is None else torch.empty(shape[0], out_features, dtype=shape[1], device=device)
             self.register_buffer(name, empty)
         self.register_buffer("bias", torch.empty(out_features, device=device, dtype=dtype) if bias else None)
 
@@ -56,30 +56,30 @@ class QuantizedLinear(nn.Module):
     def unpacked(self, dtype: torch.dtype = torch.float32, room: Tensor | None = None) -> Tensor:
         """The weights as numbers, (out, in): the same on every device, since each step is rounded to float32.
 
-        room: memory to write them to, (out, columns) in this dtype; by default it is new.
+        room: memory to write them to, (inputs, out) in this dtype; by default it is new.
         """
         if room is None:
-            room = torch.empty(self.out_features, self.columns, dtype=dtype, device=self.weight.device)
+            room = torch.empty(self.inputs, self.out_features, dtype=dtype, device=self.weight.device)
         if self.bits == 8:
-            unpack_rows(room, self.weight, self.weight_scale)
+            torch.mul(self.weight, self.weight_scale, out=room)
         else:
             unpack_groups(room, self.weight, self.weight_scale, self.weight_offset)
-        return room[:, : self.in_features]
+        return room[: self.in_features].t()
 
     @property
-    def columns(self) -> int:
-        """The inputs, filled up to whole groups."""
-        return self.weight.shape[1] * (1 if self.bits == 8 else 2)
+    def inputs(self) -> int:
+        """Their number, filled up to whole groups."""
+        return len(self.weight) * (1 if self.bits == 8 else 2)
 
     def into_scratch(self, dtype: torch.dtype) -> Tensor:
         """`unpacked` into memory that the next call writes over: on a CPU, new memory costs more than unpacking."""
         if self.weight.device.type != "cpu":
             return self.unpacked(dtype)
-        kept, needed = getattr(SCRATCH, "room", torch.empty(0)), self.out_features * self.columns
+        kept, needed = getattr(SCRATCH, "room", torch.empty(0)), self.inputs * self.out_features
         if kept.dtype != dtype or len(kept) < needed:
             with torch.inference_mode(False):  # else training could not write to it later
                 kept = SCRATCH.room = torch.empty(needed, dtype=dtype)
-        return self.unpacked(dtype, kept[:needed].view(self.out_features, -1))
+        return self.unpacked(dtype, kept[:needed].view(self.inputs, -1))
 
     def _apply(self, fn, recurse=True):
         """`.to()` and its like move codes and scales, but never change their dtype."""
@@ -111,28 +111,23 @@ class QuantizedMatmul(torch.autograd.Function):
 LINEAR = (nn.Linear, QuantizedLinear)
 
 
-def unpack_rows(out: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """8 bits: int8 (out, in) -> numbers in `out`."""
-    for rows in slices(out):
-        out[rows] = codes[rows].float().mul_(scale[rows])
-
-
 def unpack_groups(out: Tensor, codes: Tensor, scale: Tensor, offset: Tensor) -> None:
-    """4 bits: bytes (out, in / 2) -> numbers in `out`. A bfloat16 scale times a code is exact in float32."""
-    for rows in slices(out):
-        part = out[rows] if out.dtype == torch.float32 else torch.empty(out[rows].shape, device=out.device)
-        low, high = part.chunk(2, dim=1)
-        low.copy_(codes[rows] & 15)
-        high.copy_(codes[rows] >> 4)
-        part.unflatten(1, (-1, GROUP)).mul_(scale[rows].float()[..., None]).add_(offset[rows].float()[..., None])
-        if part.dtype != out.dtype:
-            out[rows] = part
+    """4 bits: bytes (inputs / 2, out) -> numbers in `out`. A bfloat16 scale times a code is exact in float32."""
+    codes, halves = codes.unflatten(0, (-1, GROUP)), out.unflatten(0, (2, -1, GROUP))
+    scale, offset = (each.float().unflatten(0, (2, -1, 1)) for each in (scale, offset))
+    for groups in slices(codes):
+        for half, q in enumerate((codes[groups] & 15, codes[groups] >> 4)):
+            numbers = halves[half, groups]
+            room = numbers if out.dtype == torch.float32 else torch.empty(q.shape, device=q.device)
+            torch.addcmul(offset[half, groups], scale[half, groups], room.copy_(q), out=room)
+            if room is not numbers:
+                numbers.copy_(room)
 
 
-def slices(matrix: Tensor) -> list[slice]:
-    """All rows, so many at a time: on a CPU as fit into its cache, elsewhere all at once."""
-    rows = max(1, CHUNK // matrix.shape[1]) if matrix.device.type == "cpu" else len(matrix)
-    return [slice(first, first + rows) for first in range(0, len(matrix), rows)]
+def slices(tensor: Tensor) -> list[slice]:
+    """All rows, so many at a time: on a CPU about as fit into its cache, elsewhere all at once."""
+    rows = max(1, CHUNK // tensor[0].numel()) if tensor.device.type == "cpu" else len(tensor)
+    return [slice(first, first + rows) for first in range(0, len(tensor), rows)]
 
 
 @torch.no_grad()
@@ -147,20 +142,20 @@ def quantize(linear: nn.Linear, bits: int) -> QuantizedLinear:
     layer = QuantizedLinear(linear.in_features, linear.out_features, bits, linear.bias is not None, device="meta")
     weight, fit_part = linear.weight.detach(), fit_rows if bits == 8 else fit
     parts = [fit_part(weight[rows].float(), bits) for rows in slices(weight)]
-    layer.weight, layer.weight_scale, *offset = (torch.cat(each) for each in zip(*parts, strict=True))
+    layer.weight, layer.weight_scale, *offset = (torch.cat(each).t().contiguous() for each in zip(*parts, strict=True))
     layer.weight_offset = offset[0] if offset else None
     layer.bias = None if linear.bias is None else linear.bias.detach()
     return layer
 
 
 def fit_rows(w: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """8 bits: codes int8 (out, in) and a scale for each row, which covers its largest weight."""
+    """8 bits: codes int8 (out, in) and a scale for each output, which covers its largest weight."""
     scale = w.abs().amax(-1, keepdim=True) / TOP[bits]
     return codes_of(w, scale, 0, TOP[bits], -TOP[bits]).to(torch.int8), scale
 
 
 def fit(w: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, two a byte (out, in / 2), scale and offset, bfloat16 (out, groups), of the least squared error found.
+    """Codes, two a byte (out, inputs / 2), scale and offset, bfloat16 (out, groups), of the least squared error found.
 
     From each start: round to codes, fit scale and offset to them by least squares, once more; then every group keeps
     the better of the results.

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from minqwen.checkpoint import whole_file
 
@@ -89,3 +90,13 @@ def read_state(path: Path) -> dict:
         return {name: run[name] for name in ("step", "seconds", "rows", "settings")} | {"parts": saved["parts"]}
     except Exception:  # torch's own words are long, and advise to open the file without its safeguards
         raise ValueError(f"{path} is damaged, or not the state of a training run: move it away to begin anew") from None
+
+
+def locked(folder: Path):
+    """A lock on the folder, which the system takes off when its process ends, however that ends."""
+    lock = FileLock(folder / ".lock")
+    try:
+        return lock.acquire(timeout=1)
+    except Timeout:
+        print(f"another run works on {folder}: waiting for it", flush=True)
+        return lock.acquire()

@@ -27,8 +27,10 @@ from tqdm import tqdm
 
 from minqwen.checkpoint import BLOCK, UNFINISHED, Checkpoint, read_json, whole_file
 from minqwen.command import Parser, number, one_line
+from minqwen.lightning import SCHEDULE, steps_of
 from minqwen.lora_files import read_lora
 from minqwen.quantize import FORMAT, GROUP, bits_of, check_bits, quantize
+from minqwen.run import locked
 from minqwen.text_encoder import released_name
 from minqwen.transformer import QwenImageTransformer2DModel
 
@@ -39,6 +41,7 @@ SMALL_FILES = {
     "processor": ("preprocessor_config.json", "processor_config.json"),
     "scheduler": ("scheduler_config.json",),
 }  # fmt: skip
+SCHEDULER = "scheduler/scheduler_config.json"
 ROOM = 1.01  # times what is left to write must be free on the disk, for headers and small files
 
 
@@ -53,7 +56,8 @@ def shrink(
     """Write a checkpoint in the released layout, smaller, to the folder `out`; run again, it goes on.
 
     bits: of the linear layers in the blocks of transformer and text encoder, 8 or 4; modulation layers get 8.
-    lora: a file of adapters that are merged first, each at its own scale times lora_scale.
+    lora: a file of adapters that are merged first, each at its own scale times lora_scale; with Lightning's goes their
+    schedule, and guidance is off by default.
     Raises ValueError for other bits, a checkpoint that is shrunk already, a folder that holds something else, and a
     LoRA that does not fit; OSError where the disk has no room or a source cannot be read.
     """
@@ -62,27 +66,43 @@ def shrink(
     adapters = adapters_of(source, lora, lora_scale) if lora else {}
     asked = {"format": FORMAT, "bits": bits, "of": fingerprint(source), "lora": digest(adapters) if lora else None}
     files = {component: files_of(source, out, component) for component in STEMS}
-    configs = {component: source.config(f"{component}/config.json") for component in STEMS}
     if is_whole(out, asked):
         print(f"{out} is whole already")
         return
-    announce(source, out, bits, files)
-    write_json(out / UNFINISHED, asked)
-    total = sum(map(len, files.values()))
-    with tqdm(total=total, desc=f"shrinking to {bits} bits", unit=" blocks", disable=not progress) as bar:
-        for component, of_component in files.items():
-            (out / component).mkdir(exist_ok=True)
-            done = [prefix for prefix, path in of_component.items() if path.exists()]
-            bar.update(len(done))
-            for prefix, tensors in source.blocks(component, without=done):
-                smaller = shrunk(tensors, bits, adapters if component == "transformer" else {})
-                with whole_file(of_component[prefix]) as path:
-                    save_file(smaller, path, metadata={"format": "pt"})
-                del tensors, smaller  # before the next block is read
-                bar.update()
-            write_index(component, of_component, configs[component])
-    write_small_files(source, out, asked)
-    (out / UNFINISHED).unlink(missing_ok=True)
+    with locked(out):
+        for half in out.rglob(".*.part"):  # of runs that were killed
+            half.unlink()
+        announce(source, out, bits, files)
+        write_json(out / UNFINISHED, asked)
+        with tqdm(desc=f"shrinking to {bits} bits", unit=" blocks", disable=not progress) as bar:
+            bar.total = sum(map(len, files.values()))
+            for component, of_component in files.items():
+                write_component(source, component, of_component, bits, adapters, bar)
+        write_small_files(source, out)
+        index = source.config("model_index.json") | {"_shrunk": asked}
+        if steps_of(lora):
+            write_json(out / SCHEDULER, source.config(SCHEDULER) | SCHEDULE)
+            index["_true_cfg_scale"] = 1.0
+        write_json(out / "model_index.json", index)  # with which it is whole
+        (out / UNFINISHED).unlink(missing_ok=True)
+
+
+def write_component(
+    source: Checkpoint, component: str, files: dict[str, Path], bits: int, adapters: dict, bar: tqdm
+) -> None:
+    """The files of a component that are not there yet, then its index and config."""
+    folder = next(iter(files.values())).parent
+    folder.mkdir(exist_ok=True)
+    done = [prefix for prefix, path in files.items() if path.exists()]
+    bar.update(len(done))
+    for prefix, tensors in source.blocks(component, without=done):
+        smaller = shrunk(tensors, bits, adapters if component == "transformer" else {})
+        with whole_file(files[prefix]) as path:
+            save_file(smaller, path, metadata={"format": "pt"})
+        del tensors, smaller  # before the next block is read
+        bar.update()
+    write_index(component, files)
+    write_json(folder / "config.json", source.config(f"{component}/config.json"))
 
 
 def is_whole(out: Path, asked: dict) -> bool:
@@ -200,8 +220,8 @@ def in_gb(count: float) -> str:
     return tqdm.format_sizeof(count, "B")
 
 
-def write_index(component: str, files: dict[str, Path], config: dict) -> None:
-    """A component's config, and the index that says which of its files holds what."""
+def write_index(component: str, files: dict[str, Path]) -> None:
+    """The index that says which of a component's files holds what."""
     places, total = {}, 0
     for path in files.values():
         try:
@@ -210,21 +230,18 @@ def write_index(component: str, files: dict[str, Path], config: dict) -> None:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): delete it and run again") from None
         total += path.stat().st_size
-    folder = next(iter(files.values())).parent
-    write_json(folder / f"{STEMS[component]}.safetensors.index.json",
-               {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})  # fmt: skip
-    write_json(folder / "config.json", config)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    write_json(path.with_name(f"{STEMS[component]}.safetensors.index.json"), index)
 
 
-def write_small_files(source: Checkpoint, out: Path, asked: dict) -> None:
-    """Tokenizer, image processor and schedule as they are, then the model's index, with which a checkpoint is whole."""
+def write_small_files(source: Checkpoint, out: Path) -> None:
+    """Tokenizer, image processor and schedule as they are."""
     for component, names in SMALL_FILES.items():
         for name in names:
             if path := source.file(f"{component}/{name}"):
                 (out / component).mkdir(exist_ok=True)
                 with whole_file(out / component / name) as beside:
                     shutil.copyfile(path, beside)
-    write_json(out / "model_index.json", source.config("model_index.json") | {"_shrunk": asked})
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -105,8 +105,8 @@ class QwenImageTransformer2DModel(nn.Module):
         encoder_hidden_states: prompt embeddings (B, Nt, 3584); encoder_hidden_states_mask (B, Nt) or None;
         timestep (B,): sigma in [0, 1]; img_shapes: for each sample the (frames, h, w) in tokens of target and
         references, the same for all samples of a batch; modulations: what the noise level says, made before by
-        `modulations`, of one row if all samples have the same level. With them timestep is not read, and the layers
-        that make them do not run  ->  (B, Ni, 64). Raises ValueError on a mismatch.
+        the `modulations` of blocks and exit, of one row if all samples have the same level. With them timestep is not
+        read, and the layers that make them do not run  ->  (B, Ni, 64). Raises ValueError on a mismatch.
         """
         shapes = _common_shapes(hidden_states, img_shapes)
         img = self.img_in(hidden_states)
@@ -131,12 +131,6 @@ class QwenImageTransformer2DModel(nn.Module):
             timestep = torch.cat([timestep, timestep * 0])
         # diffusers rounds sigma to the model's dtype first; kept in float32 a bf16 model is nearer the truth
         return self.time_text_embed(timestep, hidden_states)
-
-    def modulations(self, timestep: torch.Tensor, hidden_states: torch.Tensor) -> Modulations:
-        """What the noise level says to every block and to the exit, for `forward`; arguments as in embed_timestep."""
-        temb = self.embed_timestep(timestep, hidden_states)
-        of_blocks = [block.modulations(temb) for block in self.transformer_blocks]
-        return of_blocks, self.norm_out.modulations(temb[: len(timestep)])
 
 
 def _check_config(other_keys: dict, axes_dims_rope: tuple[int, int, int], attention_head_dim: int) -> None:

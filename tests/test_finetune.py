@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from reference import randomise_
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minqwen import finetune as library
+from minqwen.checkpoint import Checkpoint
 from minqwen.finetune import (
     LOG,
     LORA,
@@ -39,8 +40,10 @@ from minqwen.finetune import (
 )
 from minqwen.images import pack_latents
 from minqwen.lora import adapters, add_lora, load_lora, lora_state
+from minqwen.memory import Shell, hold
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import Precomputed, Sample, precompute
+from minqwen.quantize import quantize_blocks
 from minqwen.run import read_state
 from minqwen.sampling import time_shift
 from minqwen.transformer import QwenImageTransformer2DModel
@@ -73,6 +76,66 @@ def small_set(count: int = 6, seed: int = 0, size=(4, 6), controls=((4, 4),), dt
 
 def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --------------------------------------------------------------------------------- a table for the modulation layers
+
+
+def write_transformer(folder: Path, bits: int | None, **config) -> None:
+    """A small random transformer as a checkpoint of one part."""
+    torch.manual_seed(0)
+    model = randomise_(QwenImageTransformer2DModel(**SMALL | config))
+    if bits:
+        quantize_blocks(model, bits)
+    (folder / "transformer").mkdir()
+    (folder / "transformer/config.json").write_text(json.dumps(model.config), encoding="utf-8")
+    save_file(model.state_dict(), folder / "transformer/model.safetensors")
+
+
+def pipe_of(folder: Path, way: str) -> QwenImagePipeline:
+    pipe = QwenImagePipeline(None, None, None, None)
+    shell = Shell(Checkpoint(folder), QwenImageTransformer2DModel, "transformer", "cpu", torch.float32)
+    hold(pipe, {"transformer": shell}, 64 * 64, way)
+    return pipe
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_table_of_levels_trains_as_the_layers_do(tmp_path, monkeypatch, zero_cond_t, bits):
+    """The same adapters where the layers see the same levels; and those layers are never there."""
+    write_transformer(tmp_path, bits, zero_cond_t=zero_cond_t)
+    options = QUICK | {"steps": 3, "batch_size": 3, "rank": 4}
+    by_table = pipe_of(tmp_path, "turns")
+    log = finetune(by_table, small_set(), levels=8, **options)
+    assert len({row.sigma for row in log}) > 2 and all(row.sigma * 8 == round(row.sigma * 8) > 0 for row in log)
+    assert all(block.img_mod[1].weight.is_meta for block in by_table.transformer.transformer_blocks)
+    plain = pipe_of(tmp_path, "resident")
+
+    def rounded(*given):
+        return (sample_sigmas(*given) * 8).round().clamp(min=1) / 8
+
+    monkeypatch.setattr(library, "sample_sigmas", rounded)
+    want = finetune(plain, small_set(), **options)
+    ours, theirs = lora_state(by_table.transformer), lora_state(plain.transformer)
+    assert max((ours[name] - theirs[name]).abs().max() for name in theirs) <= 1e-5
+    assert [row.loss for row in log] == pytest.approx([row.loss for row in want], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("way", "options", "said"),
+    [
+        ("turns", {}, 'memory="turns" and give levels=1000'),
+        ("stream", {"levels": 8}, 'open the pipeline with memory="resident"'),
+        ("resident", {"levels": 8}, "so open it with that"),
+        ("turns", {"levels": 8, "rank": 0}, "levels=8: 0 or more, and 0 where every weight is trained"),
+        ("turns", {"levels": -1}, "levels=-1: 0 or more"),
+        ("turns", {"levels": 8, "targets": ("img_mod.1",)}, "train them with levels=0"),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(tmp_path, way, options, said):
+    write_transformer(tmp_path, None)
+    with pytest.raises(ValueError, match=said):
+        finetune(pipe_of(tmp_path, way), small_set(), **QUICK | options)
 
 
 # ---------------------------------------------------------------------------------------------- loss and batches

@@ -66,7 +66,7 @@ def write(model, folder: Path) -> None:
 
 def shell(folder: Path, streams: bool) -> Shell:
     made = Shell(Checkpoint(folder), QwenImageTransformer2DModel, "transformer", "cpu", torch.float32)
-    made.arrange(streams, table=True)
+    made.arrange(streams)
     return made
 
 

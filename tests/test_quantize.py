@@ -44,7 +44,7 @@ def test_no_weight_is_further_away_than_its_step(rng, bits):
     """At 8 bits half a step, since nothing is cut off; at 4 bits the few at the ends are up to two steps away."""
     linear = layer(rng)
     quantized = quantize(linear, bits)
-    step, most = quantized.weight_scale.float(), 0.501
+    step, most = quantized.weight_scale.float().t(), 0.501
     if bits == 4:
         step, most = step.repeat_interleave(GROUP, dim=1)[:, : linear.in_features], 2.0
     assert ((quantized.unpacked() - linear.weight).abs() <= most * step).all()

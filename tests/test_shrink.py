@@ -18,7 +18,7 @@ from minqwen.finetune import finetune, flow_loss, make_batch
 from minqwen.lora import adapters, add_lora, load_lora, merge_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import Sample
-from minqwen.quantize import QuantizedLinear, quantize_blocks
+from minqwen.quantize import FORMAT, QuantizedLinear, quantize_blocks
 from minqwen.shrink import main, shrink
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,9 +199,9 @@ def test_what_is_shrunk_already_is_refused(small, tmp_path):
 def test_a_folder_of_another_version_is_refused(small, tmp_path):
     shutil.copytree(small, tmp_path / "newer")
     index = json.loads((small / "model_index.json").read_text(encoding="utf-8"))
-    index["_shrunk"]["format"] = 2
+    index["_shrunk"]["format"] = FORMAT + 1
     (tmp_path / "newer/model_index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(ValueError, match="format 2.*this minqwen reads format 1"):
+    with pytest.raises(ValueError, match=f"format {FORMAT + 1}.*this minqwen reads format {FORMAT}"):
         QwenImagePipeline.from_pretrained(tmp_path / "newer", device="cpu")
 
 

@@ -105,7 +105,9 @@ def without_their_layers(model, how):
 def test_ready_made_modulations_give_the_same_numbers_without_the_layers_that_make_them(tuned, how):
     model, inputs = tuned
     want = model(**inputs)
-    modulations = model.modulations(inputs["timestep"], inputs["hidden_states"])
+    temb = model.embed_timestep(inputs["timestep"], inputs["hidden_states"])
+    of_exit = model.norm_out.modulations(temb[: len(inputs["timestep"])])
+    modulations = [block.modulations(temb) for block in model.transformer_blocks], of_exit
     without_their_layers(model, how)
     del inputs["timestep"]  # not read either
     assert torch.equal(model(**inputs, modulations=modulations), want)
