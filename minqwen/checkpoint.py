@@ -270,6 +270,12 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             half.unlink()
 
 
+def write_json(path: Path, content: dict) -> None:
+    """A JSON object in a small file, written whole."""
+    with whole_file(path) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def _replace(half: Path, path: Path) -> None:
     for wait in HELD_OPEN:
         try:

@@ -13,7 +13,6 @@ As a command: python -m minqwen.finetune --help
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import sys
@@ -30,18 +29,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import trange
 
-from minqwen.checkpoint import whole_file
+from minqwen.checkpoint import whole_file, write_json
 from minqwen.command import model_options, one_line, open_pipeline
 from minqwen.images import pack_latents
-from minqwen.lora import ATTENTION, adapters, add_lora, save_lora
-from minqwen.memory import MODULATION, together
+from minqwen.lora import ATTENTION, add_lora, save_lora
+from minqwen.memory import LevelTable
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import Precomputed, Sample
 from minqwen.prompt import pad_prompts
 from minqwen.quantize import QuantizedLinear
 from minqwen.run import Run
 from minqwen.sampling import resolution_shift, time_shift
-from minqwen.transformer import Modulations
 
 TIMESTEP_SAMPLING = ("shifted", "uniform", "logit-normal")
 STATE, LOG, LORA = "checkpoint.pt", "log.csv", "lora.safetensors"  # the files in out_dir
@@ -71,10 +69,8 @@ class Settings:
     save_every: int = setting(100, "steps between two saves")
 
     def __post_init__(self):
-        if min(self.steps, self.batch_size, self.accumulate, self.save_every) < 1:
-            raise ValueError("steps, batch_size, accumulate and save_every must be at least 1")
-        if self.levels < 0 or (self.levels and not self.rank):
-            raise ValueError(f"levels={self.levels}: 0 or more, and 0 where every weight is trained (rank 0)")
+        if min(self.steps, self.batch_size, self.accumulate, self.save_every, self.levels + 1) < 1:
+            raise ValueError("steps, batch_size, accumulate and save_every must be at least 1, and levels at least 0")
         sample_sigmas(0, self.timestep_sampling)  # a wrong word is reported before any work
 
 
@@ -190,11 +186,9 @@ def finetune(
     and settings other than those of the run in out_dir; FloatingPointError when a loss is no longer finite.
     """
     settings = Settings(**keywords)
-    if pipe.turns is not None and not (settings.levels and not pipe.turns.streams):
-        way = 'open the pipeline with memory="resident", or with memory="turns" and give levels=1000'
-        raise ValueError(f"training needs the whole transformer at hand: {way}")
-    if settings.levels and pipe.turns is None:
-        raise ValueError('levels: a table stands in for weights that memory="turns" leaves away, so open it with that')
+    if bool(pipe.turns) != bool(settings.levels) or (pipe.turns and (pipe.turns.streams or not settings.rank)):
+        way = 'memory="resident" and levels=0, or, to train adapters, memory="turns" and levels=1000'
+        raise ValueError(f"training needs the transformer at hand: open the pipeline with {way}")
     groups = group_by_shape(dataset)
     steps, size = settings.steps, settings.batch_size * settings.accumulate
     folder = None if out_dir is None else Path(out_dir)
@@ -205,7 +199,7 @@ def finetune(
         parts = {"weights": nn.ParameterList(parameters), "optimizer": optimizer}
         run = Run(folder and folder / STATE, folder and folder / LOG, Row._fields, parts, lasting)
         run.resume()
-        table = noise_table(pipe, settings.levels)
+        table = LevelTable(pipe.turns, settings.levels) if settings.levels else None
         if preview and not run.step:
             preview(0)
         order = steps_from(run.step, groups, size, settings.seed)
@@ -229,21 +223,11 @@ def finetune(
     return [Row(*row) for row in run.rows]
 
 
-def noise_table(pipe: QwenImagePipeline, levels: int) -> list[Modulations]:
-    """What the noise levels 1 / levels, 2 / levels, ..., 1 say to the transformer, kept in the host's memory."""
-    if any(MODULATION in name for name in adapters(pipe.transformer)) and levels:
-        raise ValueError("adapters on modulation layers change what a table holds: train them with levels=0")
-    sigmas = torch.arange(1, levels + 1) / max(1, levels)
-    return list(pipe.turns.shells["transformer"].modulations(sigmas, "cpu").values()) if levels else []
-
-
-def accumulate_gradients(
-    pipe: QwenImagePipeline, samples: list[Sample], settings: Settings, step: int, table: Sequence[Modulations] = ()
-) -> list[Row]:
+def accumulate_gradients(pipe, samples: list[Sample], settings: Settings, step: int, table=None) -> list[Row]:
     """The gradient of one step, batch by batch; returns each sample's row of the log.
 
     All chance is drawn for the whole step first, on the CPU: the same however the step is cut and wherever it runs.
-    table: of `noise_table`; noise levels are then rounded to one of its own.
+    table: a LevelTable that stands in for the modulation layers, at noise levels of its own, or None.
     """
     device, tokens = pipe.device, samples[0].latents[0, 0].numel() // 4
     chance = chance_of(settings.seed, "step", step)
@@ -251,19 +235,14 @@ def accumulate_gradients(
     shift = resolution_shift(tokens, **pipe.schedule)
     sigma = sample_sigmas(len(samples), settings.timestep_sampling, shift, chance)
     noise = torch.randn(len(samples), tokens, 64, generator=chance)
-    if table:
-        places = (sigma * len(table)).round().clamp(min=1).long()
-        sigma = places / len(table)
+    sigma = sigma if table is None else table.nearest(sigma)
     losses = []
     for i in range(0, len(samples), settings.batch_size):
         part = slice(i, i + settings.batch_size)
         batch = make_batch(samples[part], dropped[part]).to(device, pipe.dtype)
-        transformer = pipe.transformer
-        if table:
-            rows = together([table[place - 1] for place in places[part]], device)
-            transformer = partial(transformer, modulations=rows)
+        said = {} if table is None else {"modulations": table.rows(sigma[part], device)}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = flow_loss(transformer, batch, sigma[part].to(device), noise[part].to(device))
+            loss = flow_loss(partial(pipe.transformer, **said), batch, sigma[part].to(device), noise[part].to(device))
         (loss.sum() / len(samples)).backward()  # adds up to the gradient of the mean over the whole step
         losses += loss.tolist()
     return [Row(step, *pair) for pair in zip(sigma.tolist(), losses, strict=True)]
@@ -315,8 +294,7 @@ def save_result(pipe: QwenImagePipeline, folder: Path, rank: int | None) -> None
     folder = folder / "transformer"
     folder.mkdir(exist_ok=True)
     config = {"_class_name": type(pipe.transformer).__name__} | pipe.transformer.config
-    with whole_file(folder / "config.json") as path:
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
     with whole_file(folder / "diffusion_pytorch_model.safetensors") as path:
         save_file(pipe.transformer.state_dict(), path, {"format": "pt"})
 

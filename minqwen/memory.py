@@ -14,7 +14,7 @@ Tests: tests/test_memory.py. Chapter 11.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ UNREAD = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp")  # in the last block:
 SPARE = 0.9  # the share of free memory that is counted on
 ACTIVATIONS = 40  # numbers a token and channel that are taken to live at once in a forward pass; an estimate
 LEVELS = 50  # of noise, for which the table is counted
+LARGE = 2**32  # bytes of a transformer from which a CPU is asked in which dtype it is faster
 
 
 class Shell:
@@ -167,17 +168,6 @@ def block_lists(names: dict[str, Tensor]) -> list[str]:
     return sorted({BLOCK.match(name)[0].rsplit(".", 2)[0] for name in names if BLOCK.match(name)[0]})
 
 
-def together(rows: list[Modulations], device: torch.device) -> Modulations:
-    """The rows of several samples as those of a batch (with zero_cond_t: all noisy ones, then all clean ones)."""
-    each_block = zip(*(of_blocks for of_blocks, _ in rows), strict=True)
-    of_blocks = []
-    for block in each_block:
-        img, txt = zip(*block, strict=True)
-        img = torch.stack(img, dim=1).flatten(0, 1)  # (1 or 2, samples, 6C)
-        of_blocks.append((img.to(device), torch.cat(txt).to(device)))
-    return of_blocks, torch.cat([of_exit for _, of_exit in rows]).to(device)
-
-
 class Turns:
     """The parts of a pipeline by name, opened when they are asked for; the transformer is never there with another."""
 
@@ -209,6 +199,31 @@ class Turns:
         if sigma not in self.table and self["transformer"] is not None:  # which opens it
             self.table |= self.shells["transformer"].modulations(torch.tensor([sigma], dtype=torch.float64))
         return self.table[sigma]
+
+
+class LevelTable:
+    """What the noise levels 1 / count, 2 / count, ..., 1 say, in the host's memory: with it a transformer that is open
+    by turns trains adapters, while its modulation layers stay away. Raises ValueError for adapters on those layers.
+    """
+
+    def __init__(self, turns: Turns, count: int):
+        if any(MODULATION in name for name in adapters(turns["transformer"])):
+            raise ValueError("adapters on modulation layers change what a table holds: train them with levels=0")
+        levels = torch.arange(1, count + 1) / count
+        self.count, self.said = count, list(turns.shells["transformer"].modulations(levels, "cpu").values())
+
+    def nearest(self, sigmas: Tensor) -> Tensor:
+        """The nearest of its levels, (B,)."""
+        return (sigmas * self.count).round().clamp(min=1) / self.count
+
+    def rows(self, sigmas: Tensor, device: torch.device) -> Modulations:
+        """What levels of its own say to the samples of a batch; with zero_cond_t noisy rows come before clean ones."""
+        said = [self.said[round(sigma * self.count) - 1] for sigma in sigmas.tolist()]
+        of_blocks = []
+        for vectors in zip(*(blocks for blocks, _ in said), strict=True):
+            img, txt = zip(*vectors, strict=True)
+            of_blocks.append((torch.stack(img, dim=1).flatten(0, 1).to(device), torch.cat(txt).to(device)))
+        return of_blocks, torch.cat([of_exit for _, of_exit in said]).to(device)
 
 
 # ------------------------------------------------------------------------------------------------ what fits
@@ -304,6 +319,16 @@ def free_memory(device: torch.device) -> float:
     except (OSError, StopIteration):
         known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 if known else float("inf")
+
+
+def default_dtype(device: torch.device, checkpoint: Checkpoint, parts: Container[str]) -> torch.dtype:
+    """bfloat16; on a CPU float32, except for a large transformer where the CPU multiplies faster in bfloat16."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    if "transformer" not in parts or sum(checkpoint.stored_bytes("transformer").values()) < LARGE:
+        return torch.float32
+    matrices = {dtype: torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return min(matrices, key=lambda dtype: clocked(lambda: matrices[dtype] @ matrices[dtype]))
 
 
 def step_seconds(shell: Shell, plan: Plan) -> float:

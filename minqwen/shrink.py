@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minqwen.checkpoint import BLOCK, UNFINISHED, Checkpoint, read_json, whole_file
+from minqwen.checkpoint import BLOCK, UNFINISHED, Checkpoint, read_json, whole_file, write_json
 from minqwen.command import Parser, number, one_line
 from minqwen.lightning import SCHEDULE, steps_of
 from minqwen.lora_files import read_lora
@@ -242,11 +242,6 @@ def write_small_files(source: Checkpoint, out: Path) -> None:
                 (out / component).mkdir(exist_ok=True)
                 with whole_file(out / component / name) as beside:
                     shutil.copyfile(path, beside)
-
-
-def write_json(path: Path, content: dict) -> None:
-    with whole_file(path) as beside:
-        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def command_line() -> Parser:

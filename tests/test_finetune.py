@@ -124,11 +124,11 @@ def test_a_table_of_levels_trains_as_the_layers_do(tmp_path, monkeypatch, zero_c
 @pytest.mark.parametrize(
     ("way", "options", "said"),
     [
-        ("turns", {}, 'memory="turns" and give levels=1000'),
-        ("stream", {"levels": 8}, 'open the pipeline with memory="resident"'),
-        ("resident", {"levels": 8}, "so open it with that"),
-        ("turns", {"levels": 8, "rank": 0}, "levels=8: 0 or more, and 0 where every weight is trained"),
-        ("turns", {"levels": -1}, "levels=-1: 0 or more"),
+        ("turns", {}, 'memory="turns" and levels=1000'),
+        ("stream", {"levels": 8}, 'open the pipeline with memory="resident" and levels=0'),
+        ("resident", {"levels": 8}, 'memory="turns" and levels=1000'),
+        ("turns", {"levels": 8, "rank": 0}, "to train adapters"),
+        ("turns", {"levels": -1}, "levels at least 0"),
         ("turns", {"levels": 8, "targets": ("img_mod.1",)}, "train them with levels=0"),
     ],
 )

@@ -96,6 +96,26 @@ def test_the_table_says_what_the_layers_say(folder, streams, bits):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_the_last_block_would_say_to_the_text_is_never_read(folder, monkeypatch, streams):
+    """Its queries, their way out and its MLP; and the velocity is the same to the bit."""
+    away, read = shell(folder, streams), []
+    fetch = away.fetch
+    monkeypatch.setattr(away, "fetch", lambda name: read.append(name) or fetch(name))
+    if streams:
+        away.module.transformer_blocks.fetch_one = away.fetch
+    model, plain = away.open(), Checkpoint(folder).load(QwenImageTransformer2DModel, "transformer")
+    sigma = torch.tensor([0.5]).item()
+    table, asked = away.modulations(torch.tensor([sigma])), inputs(plain, sigma)
+    want = plain(*asked, modulations=table[sigma])
+    assert torch.equal(model(*asked, modulations=table[sigma]), want)
+    last = f"transformer_blocks.{len(plain.transformer_blocks) - 1}."
+    unread = {name.removeprefix(last) for name in set(away.stored) - set(read)}
+    dead = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+    assert unread == {f"{layer}.{part}" for layer in dead for part in ("weight", "bias")}
+
+
+@torch.no_grad()
 def test_streaming_holds_two_blocks_at_most(folder):
     away = shell(folder, streams=True)
     model = away.open()
@@ -295,3 +315,16 @@ def test_sizes_are_said_in_the_usual_units():
 
 def test_what_is_free_is_less_than_what_there_is():
     assert 2**28 < memory.free_memory(torch.device("cpu")) < 2**44
+
+
+@pytest.mark.parametrize(("faster", "large", "chosen"), [("float32", 0, "float32"), ("bfloat16", 0, "bfloat16"),
+                                                         ("bfloat16", 2**32, "float32")])  # fmt: skip
+def test_a_large_model_computes_in_the_dtype_in_which_the_cpu_is_faster(monkeypatch, faster, large, chosen):
+    """Which one that is depends on the machine; so its clock is replaced."""
+    seconds = iter([1.0, 2.0] if faster == "float32" else [2.0, 1.0])
+    monkeypatch.setattr(memory, "clocked", lambda work: work() is not None and next(seconds))
+    monkeypatch.setattr(memory, "LARGE", large)
+    dtype = memory.default_dtype(torch.device("cpu"), Checkpoint(TINY), PARTS)
+    assert dtype == getattr(torch, chosen)
+    assert memory.default_dtype(torch.device("cpu"), Checkpoint(TINY), ["vae"]) == torch.float32
+    assert memory.default_dtype(torch.device("mps"), Checkpoint(TINY), PARTS) == torch.bfloat16
