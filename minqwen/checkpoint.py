@@ -9,20 +9,18 @@ The surprise: the number of shards differs between releases (9 or 5); only the i
 Pickled weights (.bin, .pt) are never opened: unpickling runs code. Tests: tests/test_checkpoint.py. Chapter 05.
 """
 
-import json
 import os
 import re
-import secrets
-import time
 from collections.abc import Container, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
+from minqwen.files import open_weights, read_json
 from minqwen.hub import Repository
 from minqwen.quantize import FORMAT, insert_quantized_layers, keeps_dtype
 
@@ -31,7 +29,6 @@ STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' comp
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]*\w")  # owner/name
 BLOCK = re.compile(r"((.*\.)?(transformer_blocks|layers|blocks)\.\d+\.)?")  # "" of what belongs to no block
 UNFINISHED = "unfinished.json"  # in a folder that minqwen.shrink has not finished: what is being made there
-HELD_OPEN = (0.1, 0.2, 0.4, 0.8)  # seconds before each new attempt to replace a file
 
 
 class Checkpoint:
@@ -186,11 +183,8 @@ class Checkpoint:
         path = self.file(file)
         if path is None:
             raise FileNotFoundError(f"{self.source} lists {file}, which is missing: fetch it again")
-        try:
-            with safe_open(path, framework="pt") as weights:
-                yield weights
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or does not match its index ({error}): fetch it again") from None
+        with open_weights(path) as weights:
+            yield weights
 
     def skeleton(
         self, module_class: type[nn.Module], component: str
@@ -231,58 +225,11 @@ def assign(module: nn.Module, tensors: dict[str, torch.Tensor], where: str = "th
         raise ValueError(f"{where} do not fit {type(module).__name__}: {told}") from None
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a small file. Raises ValueError that names the file if it holds anything else."""
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} holds no JSON object ({error}): fetch it again") from None
-
-
 def refuse_uncomputed(config: dict, computed: dict, where: str) -> None:
     """Raise ValueError for a key of a config whose value is not the one computed here; it may also be missing."""
     for key, value in computed.items():
         if config.get(key, value) != value:
             raise ValueError(f"{where}: {key} = {config[key]!r}, only {value!r} is computed here")
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """A path beside `path` to write to; once the body ends well it takes the place of `path`, all or nothing.
-
-    Whoever reads `path` finds a whole file, the old or the new one, with several writers too and if one dies: what
-    that one leaves is hidden and ends in .part. Raises OSError that names `path` and the reason (a full disk, say).
-    """
-    path = Path(path)
-    half = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.part")  # a name of its own for each writer
-    try:
-        yield half
-        with open(half, "rb+") as file:
-            os.fsync(file.fileno())
-        _replace(half, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save on a full disk
-            raise
-        hint = "" if isinstance(error, OSError) else "is the disk full? "
-        raise OSError(f"cannot write {path}: {hint}{error}") from error
-    finally:
-        with suppress(OSError):
-            half.unlink()
-
-
-def write_json(path: Path, content: dict) -> None:
-    """A JSON object in a small file, written whole."""
-    with whole_file(path) as beside:
-        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _replace(half: Path, path: Path) -> None:
-    for wait in HELD_OPEN:
-        try:
-            return os.replace(half, path)
-        except PermissionError:  # Windows, while another program reads the old file
-            time.sleep(wait)
-    os.replace(half, path)
 
 
 def _choice(choice, name: str):

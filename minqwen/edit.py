@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from minqwen.checkpoint import Checkpoint, whole_file
+from minqwen.checkpoint import Checkpoint
 from minqwen.command import Parser, model_options, number, one_line, open_pipeline
+from minqwen.files import whole_file
 from minqwen.images import calculate_dimensions, load_image
 from minqwen.lightning import load_lightning, steps_of
 from minqwen.lora import load_lora

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import trange
 
-from minqwen.checkpoint import whole_file, write_json
 from minqwen.command import model_options, one_line, open_pipeline
+from minqwen.files import whole_file, write_json
 from minqwen.images import pack_latents
 from minqwen.lora import ATTENTION, add_lora, save_lora
 from minqwen.memory import LevelTable

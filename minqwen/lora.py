@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minqwen.checkpoint import whole_file
+from minqwen.files import whole_file
 from minqwen.lora_files import METADATA, read_lora, some
 from minqwen.quantize import LINEAR, QuantizedLinear, refuse_fleeting
 

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from minqwen.files import open_weights
 from minqwen.quantize import LINEAR
 
 PREFIXES = ("transformer.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", "lora_unet_", "lycoris_")
@@ -47,13 +47,8 @@ def read_lora(file: str | os.PathLike | dict[str, torch.Tensor], model: nn.Modul
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """A file's tensors and what it says of rank and alpha, in its metadata or in the adapter_config.json beside it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no such LoRA file: {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}); pickled files are never opened") from None
+    with open_weights(path) as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     beside = path.with_name("adapter_config.json")
     text = metadata.get(METADATA) or (beside.read_text(encoding="utf-8") if beside.is_file() else "{}")
     return tensors, {key.removeprefix("transformer."): value for key, value in json.loads(text).items()}

@@ -27,12 +27,11 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from minqwen.checkpoint import whole_file
+from minqwen.files import open_weights, whole_file, write_json
 from minqwen.images import calculate_dimensions, load_image
 from minqwen.pipeline import AREA, PARTS, QwenImagePipeline
 from minqwen.prompt import T2I
@@ -213,7 +212,8 @@ class Precomputed(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> Sample:
         if isinstance(self.kept[i], Sample):
             return self.kept[i]
-        tensors = load_file(self.kept[i])
+        with open_weights(self.kept[i]) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         control = tuple(tensors[name] for name in _control_names(len(tensors) - 3))
         return Sample(self.names[i], tensors["latents"], control, tensors["embeds"], tensors["empty"])
 
@@ -221,7 +221,7 @@ class Precomputed(torch.utils.data.Dataset):
         """Of the latents and of each control picture, (1, 16, 1, h, w); of a file its header alone is read."""
         if isinstance(self.kept[i], Sample):
             return tuple(tuple(z.shape) for z in (self.kept[i].latents, *self.kept[i].control))
-        with safe_open(self.kept[i], framework="pt") as file:
+        with open_weights(self.kept[i]) as file:
             names = ["latents", *_control_names(len(file.keys()) - 3)]
             return tuple(tuple(file.get_slice(name).get_shape()) for name in names)
 
@@ -241,9 +241,9 @@ def _write_sample(file: Path, sample: Sample, recipe: dict[str, str]) -> None:
 def _is_whole(file: Path) -> bool:
     """Whether a cached file is there and as long as its table says."""
     try:
-        with safe_open(file, framework="pt") as opened:
+        with open_weights(file) as opened:
             return (opened.metadata() or {}).get("key") == file.stem
-    except (OSError, SafetensorError):
+    except (OSError, ValueError):
         return False
 
 
@@ -294,8 +294,7 @@ def _precompute(pipe, sources: list[Source], cache_dir, area: int, progress: boo
                 (folder / INDEX).unlink(missing_ok=True)
                 _write_sample(file, encode_sample(pipe, source, area), recipe)
                 computed += 1
-        with whole_file(folder / INDEX) as path:
-            path.write_text(json.dumps({"format": FORMAT, "samples": listed}, indent=1), encoding="utf-8")
+        write_json(folder / INDEX, {"format": FORMAT, "samples": listed})
         if prune:
             for file in set(folder.glob("*.safetensors")) - set(files):
                 file.unlink()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from minqwen.checkpoint import whole_file
+from minqwen.files import whole_file
 
 
 class Run:

@@ -20,13 +20,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minqwen.checkpoint import BLOCK, UNFINISHED, Checkpoint, read_json, whole_file, write_json
+from minqwen.checkpoint import BLOCK, UNFINISHED, Checkpoint
 from minqwen.command import Parser, number, one_line
+from minqwen.files import open_weights, read_json, whole_file, write_json
 from minqwen.lightning import SCHEDULE, steps_of
 from minqwen.lora_files import read_lora
 from minqwen.quantize import FORMAT, GROUP, bits_of, check_bits, quantize
@@ -224,11 +224,8 @@ def write_index(component: str, files: dict[str, Path]) -> None:
     """The index that says which of a component's files holds what."""
     places, total = {}, 0
     for path in files.values():
-        try:
-            with safe_open(path, framework="pt") as weights:
-                places |= dict.fromkeys(weights.keys(), path.name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it and run again") from None
+        with open_weights(path) as weights:
+            places |= dict.fromkeys(weights.keys(), path.name)
         total += path.stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     write_json(path.with_name(f"{STEMS[component]}.safetensors.index.json"), index)

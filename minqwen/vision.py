@@ -23,7 +23,8 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
 
-from minqwen.checkpoint import read_json, refuse_uncomputed
+from minqwen.checkpoint import refuse_uncomputed
+from minqwen.files import read_json
 
 torch.zeros(1, device="cpu").cos()  # by one thread first: rope.py says why
 

@@ -19,7 +19,8 @@ from released import BLOCK, CONFIG, STEM, edit_header, edit_index, same
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minqwen.checkpoint import Checkpoint, whole_file
+from minqwen.checkpoint import Checkpoint
+from minqwen.files import whole_file
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vae import AutoencoderKLQwenImage
 

@@ -217,7 +217,7 @@ def test_a_wrong_option_is_named_and_ends_with_2(folder, no_model, capsys, argum
         (["photo.jpg", "second.png", "words", "--model", TINY], "this checkpoint edits one picture, got 2"),
         (["words", "--model", "gone"], "gone is neither a folder nor a hub repository"),
         (["words", "--model", ".", "--out", "x.png"], ". has no model_index.json"),
-        (["words", "--lora", "notes.txt", "--model", TINY], "notes.txt is no whole safetensors file"),
+        (["words", "--lora", "notes.txt", "--model", TINY], "notes.txt is damaged"),
         (["words", "--lora", TINY / "vae" / "diffusion_pytorch_model.safetensors", "--model", TINY], TINY / "vae"),
     ],
 )

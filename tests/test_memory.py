@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from test_released_size import CONFIGS, RELEASED
 
 from minqwen import memory
-from minqwen.checkpoint import Checkpoint, whole_file
+from minqwen.checkpoint import Checkpoint
+from minqwen.files import whole_file
 from minqwen.finetune import finetune
 from minqwen.lora import adapters, add_lora, merge_lora
 from minqwen.memory import Plan, Shell, StreamedBlocks, Turns, choose, in_bytes, plans

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from minqwen.checkpoint import Checkpoint, whole_file
+from minqwen.checkpoint import Checkpoint
+from minqwen.files import whole_file
 from minqwen.lora import add_lora, merge_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.quantize import GROUP, QuantizedLinear, bits_of, quantize, quantize_blocks, slices

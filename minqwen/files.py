@@ -1,0 +1,81 @@
+"""Files, opened and written in one place: whoever reads a damaged one is told its path and what is wrong with it.
+
+    read_json(path)  ->  the object in a small file          open_weights(path)  ->  a safetensors file, mapped
+    whole_file(path), write_json(path, content)              written all or nothing
+
+The surprise: a pointer of Git LFS, an error page and a file that was cut off all carry the name of what they are not,
+and the libraries below say "expected value at line 1 column 1". Tests: tests/test_files.py. Chapters 05 and 08.
+"""
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+HELD_OPEN = (0.1, 0.2, 0.4, 0.8)  # seconds before each new attempt to replace a file
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a small file. Raises ValueError that names the file if it holds anything else."""
+    try:
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} holds no JSON object ({error}): fetch it again") from None
+
+
+@contextmanager
+def open_weights(path: str | os.PathLike) -> Iterator[safe_open]:
+    """A safetensors file, mapped. Raises FileNotFoundError, and ValueError that names it if it is damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt") as weights:
+            yield weights
+    except (SafetensorError, OSError) as error:
+        hint = "fetch it, or make it, again (pickled files are never opened)"
+        raise ValueError(f"{path} is damaged or does not match its index ({error}): {hint}") from None
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A path beside `path` to write to; once the body ends well it takes the place of `path`, all or nothing.
+
+    Whoever reads `path` finds a whole file, the old or the new one, with several writers too and if one dies: what
+    that one leaves is hidden and ends in .part. Raises OSError that names `path` and the reason (a full disk, say).
+    """
+    path = Path(path)
+    half = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.part")  # a name of its own for each writer
+    try:
+        yield half
+        with open(half, "rb+") as file:
+            os.fsync(file.fileno())
+        _replace(half, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch.save on a full disk
+            raise
+        hint = "" if isinstance(error, OSError) else "is the disk full? "
+        raise OSError(f"cannot write {path}: {hint}{error}") from error
+    finally:
+        with suppress(OSError):
+            half.unlink()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """A JSON object in a small file, written whole."""
+    with whole_file(path) as beside:
+        beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace(half: Path, path: Path) -> None:
+    for wait in HELD_OPEN:
+        try:
+            return os.replace(half, path)
+        except PermissionError:  # Windows, while another program reads the old file
+            time.sleep(wait)
+    os.replace(half, path)

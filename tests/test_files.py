@@ -1,0 +1,47 @@
+"""files.py: what is damaged is named, by path and reason. (Writing whole files: tests/test_checkpoint.py.)"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from minqwen.files import open_weights, read_json, write_json
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
+PAGE = b"<!DOCTYPE html><title>404</title>"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"null", b'"words"', b"{", b'{"a": 1', b"\xff\xfe{}", bytes(100), POINTER, PAGE, b'{"a":' * 3000],
+)
+def test_a_small_file_that_holds_no_object_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match="config.json holds no JSON object"):
+        read_json(tmp_path / "config.json")
+
+
+def test_what_is_written_comes_back(tmp_path):
+    write_json(tmp_path / "a.json", {"猫": [1, None]})
+    assert read_json(tmp_path / "a.json") == {"猫": [1, None]} == json.loads((tmp_path / "a.json").read_text("utf-8"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+WHOLE = save({"a": torch.ones(4)})
+
+
+@pytest.mark.parametrize("content", [b"", WHOLE[:5], WHOLE[:20], WHOLE[:-1], WHOLE + b"\0", POINTER, PAGE, bytes(100)])
+def test_weights_that_are_damaged_are_named(tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="a.safetensors is damaged"), open_weights(tmp_path / "a.safetensors"):
+        pass
+
+
+def test_a_tensor_that_is_not_there_and_a_file_that_is_not_there(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(WHOLE)
+    with pytest.raises(ValueError, match="a.safetensors .*does not contain tensor b"):
+        with open_weights(tmp_path / "a.safetensors") as weights:
+            weights.get_tensor("b")
+    with pytest.raises(FileNotFoundError, match="no such file: .*gone"), open_weights(tmp_path / "gone"):
+        pass
