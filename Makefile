@@ -19,7 +19,7 @@ WORKERS ?= auto
 
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help lab check test bench bench-bits bench-released floors timings notebooks tiny clean setup setup-test
+.PHONY: help lab check test bench bench-bits bench-released floors fuzz kills timings notebooks tiny clean setup setup-test
 
 # Jupyter finds this environment's own kernel before any other "python3" that is registered on the machine.
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -32,6 +32,7 @@ help:
 	@echo "make bench-bits      count what weights of 8, 4 and 3 bits cost: half an hour, or less with BENCH_ARGS='--count 20'"
 	@echo "make bench-released  run the released geometry at 4 bits: 40 minutes, or less with BENCH_ARGS='--layers 2'"
 	@echo "make floors     run the fast tests with the lowest and the highest versions of all dependencies"
+	@echo "make fuzz       try 20,000 damaged and unusual inputs; make kills: kill long work 100 times, compare its bytes"
 	@echo "make timings    time tests, notebooks and an edit on this machine, and write the rows into README.md"
 	@echo "make notebooks  bring notebooks up to date with the library, run them, keep their outputs"
 	@echo "make tiny       set everything up, then train the tiny checkpoint from nothing into runs/tiny"
@@ -91,6 +92,12 @@ bench-released: setup-test
 
 floors: setup-test
 	@$(PY) tests/floors.py $(FLOORS_ARGS)
+
+fuzz: setup-test
+	@$(PY) tests/fuzz.py $(BENCH_ARGS)
+
+kills: setup-test
+	@OMP_NUM_THREADS=1 $(PY) tests/kills.py $(BENCH_ARGS)
 
 timings: setup-test
 	@$(PY) tests/timings.py

@@ -1,0 +1,126 @@
+"""Long work, killed at random moments and run again: make kills, or python tests/kills.py --help
+
+precompute, finetune and shrink run in child processes that are killed (SIGKILL, which nothing can catch) after a random
+time, until one of them ends by itself; then its files must be those of an undisturbed run, byte for byte. Then the next
+round begins, until the job has been killed so many times. In every other round two runs work on the folder at once, and
+both are killed at moments of their own. Needs os.fork: Linux or macOS.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minqwen import finetune, precompute, shrink
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY, SET = ROOT / "data" / "tiny", ROOT / "data" / "finetune"
+MODEL = ["--model", str(TINY), "--device", "cpu", "--quiet"]
+
+
+def jobs(place: Path) -> dict[str, Callable[[Path], object]]:
+    """Each writes into a folder. The data set is small, so that a round takes seconds."""
+    images, control, cache = (place / name for name in ("images", "control", "cache"))
+    for folder in (images, control):
+        folder.mkdir(parents=True)
+        for path in sorted((SET / folder.name).iterdir())[: 12 if folder is control else 24]:  # with captions beside
+            shutil.copy(path, folder)
+    data = [str(images), "--control", str(control)]
+    precompute.main([*data, "--cache", str(cache), *MODEL])
+    tune = ["--steps", "12", "--rank", "2", "--batch-size", "2", "--save-every", "1"]
+    return {
+        "precompute": lambda out: precompute.main([*data, "--cache", str(out), *MODEL]),
+        "finetune": lambda out: finetune.main([str(cache), "--out", str(out), *tune, *MODEL]),
+        "shrink": lambda out: shrink.main([str(TINY), str(out), "--quiet"]),
+    }
+
+
+def started(job: Callable[[Path], object], out: Path) -> int:
+    """A child process that does the job in silence."""
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            job(out)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """A hash of each file. A run's state holds the seconds that it took, and is left out; so are hidden files."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    kept = [path for path in files if path.name != finetune.STATE]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+
+
+def killed_round(job: Callable[[Path], object], out: Path, chance: random.Random, life: float, at_once: int) -> int:
+    """Starts and kills until a run has ended by itself; the number of kills. Raises RuntimeError for one that fails."""
+    kills = 0
+    while True:
+        ends = sorted((time.monotonic() + chance.uniform(0, life), started(job, out)) for _ in range(at_once))
+        finished = 0
+        for moment, child in ends:
+            while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < moment:
+                time.sleep(0.002)
+            if ended == (0, 0):
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                kills += 1
+            elif ended[1]:
+                raise RuntimeError(f"a run in {out} ended with status {os.waitstatus_to_exitcode(ended[1])}")
+            else:
+                finished += 1
+        if finished:
+            return kills
+
+
+def run(names: list[str], kills: int, seed: int) -> dict[str, tuple[int, int]]:
+    """Kills and rounds of each job. Raises RuntimeError where a round ends in other files than an undisturbed run."""
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        for name, job in jobs(place).items():
+            if name not in names:
+                continue
+            start = time.monotonic()
+            os.waitpid(started(job, place / f"{name} undisturbed"), 0)
+            life, want = time.monotonic() - start, contents(place / f"{name} undisturbed")
+            assert want, f"{name} wrote nothing"
+            chance, count, rounds = random.Random(f"{name} {seed}"), 0, 0
+            with tqdm(total=kills, desc=name, unit=" kills") as bar:
+                while count < kills:
+                    out = place / f"{name} {rounds}"
+                    more = killed_round(job, out, chance, 0.7 * life, 1 + rounds % 2)
+                    if contents(out) != want:
+                        raise RuntimeError(f"{name}, seed {seed}, round {rounds}: not the undisturbed run's files")
+                    shutil.rmtree(out)
+                    count, rounds = count + more, rounds + 1
+                    bar.update(more)
+            found[name] = count, rounds
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=["precompute", "finetune", "shrink"], help="of the jobs")
+    parser.add_argument("--kills", type=int, default=100, help="of each job, at least")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print("| job | killed | rounds that ended in the same bytes |\n|---|---|---|")
+    for name, (count, rounds) in run(args.names, args.kills, args.seed).items():
+        print(f"| {name} | {count} | {rounds} |")
+
+
+if __name__ == "__main__":
+    main()
