@@ -32,7 +32,8 @@ help:
 	@echo "make bench-bits      count what weights of 8, 4 and 3 bits cost: half an hour, or less with BENCH_ARGS='--count 20'"
 	@echo "make bench-released  run the released geometry at 4 bits: 40 minutes, or less with BENCH_ARGS='--layers 2'"
 	@echo "make floors     run the fast tests with the lowest and the highest versions of all dependencies"
-	@echo "make fuzz       try 20,000 damaged and unusual inputs; make kills: kill long work 100 times, compare its bytes"
+	@echo "make fuzz       try 20,000 damaged and unusual inputs"
+	@echo "make kills      kill long work 100 times at random moments, and compare its bytes"
 	@echo "make timings    time tests, notebooks and an edit on this machine, and write the rows into README.md"
 	@echo "make notebooks  bring notebooks up to date with the library, run them, keep their outputs"
 	@echo "make tiny       set everything up, then train the tiny checkpoint from nothing into runs/tiny"
@@ -83,7 +84,7 @@ notebooks: setup-test
 	@$(PY) -m jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace notebooks/*.ipynb notebooks/solutions/*.ipynb
 
 bench-bits: setup-test
-	@$(PY) tests/benchmarks/bench_bits.py $(BENCH_ARGS)
+	@PYTHONPATH=tests $(PY) tests/benchmarks/bench_bits.py --write $(BENCH_ARGS)
 
 bench-released: setup-test
 	@echo "The released geometry at 4 bits, with made numbers: 57.7 GB are read from a hub on this machine, 21 GB written to"
@@ -94,10 +95,10 @@ floors: setup-test
 	@$(PY) tests/floors.py $(FLOORS_ARGS)
 
 fuzz: setup-test
-	@$(PY) tests/fuzz.py $(BENCH_ARGS)
+	@$(PY) tests/fuzz.py --write $(BENCH_ARGS)
 
 kills: setup-test
-	@OMP_NUM_THREADS=1 $(PY) tests/kills.py $(BENCH_ARGS)
+	@OMP_NUM_THREADS=1 $(PY) tests/kills.py --write $(BENCH_ARGS)
 
 timings: setup-test
 	@$(PY) tests/timings.py

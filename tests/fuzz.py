@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load, save
+from tables import put
 from tqdm import tqdm
 
 from minqwen import edit, finetune, precompute, shrink
@@ -575,6 +576,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20000, help="cases in all")
     parser.add_argument("--first", type=int, default=0, help="number of the first case of each kind")
     parser.add_argument("--kind", choices=KINDS, help="this one only")
+    parser.add_argument("--write", action="store_true", help="the table into tests/README.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     kinds = [args.kind] if args.kind else list(KINDS)
@@ -592,7 +594,10 @@ def main() -> None:
         ends = " | ".join(str(counts[end]) for end in ENDS)
         lines.append(f"| {kind} | {each} | {ends} |")
         worst += counts["lost"] + counts["silent"]
-    print("\n".join([f"| kind | cases | {' | '.join(ENDS)} |", "|---|---|---|---|---|---|", *lines]))
+    lines = [f"| kind | cases | {' | '.join(ENDS)} |", "|---|---|---|---|---|---|", *lines]
+    print("\n".join(lines))
+    if args.write:
+        put(ROOT / "tests/README.md", "fuzz", lines)
     raise SystemExit(bool(worst))
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tables import put
 from tqdm import tqdm
 
 from minqwen import finetune, precompute, shrink
@@ -116,10 +117,14 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=["precompute", "finetune", "shrink"], help="of the jobs")
     parser.add_argument("--kills", type=int, default=100, help="of each job, at least")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help="the table into tests/README.md")
     args = parser.parse_args()
-    print("| job | killed | rounds that ended in the same bytes |\n|---|---|---|")
-    for name, (count, rounds) in run(args.names, args.kills, args.seed).items():
-        print(f"| {name} | {count} | {rounds} |")
+    found = run(args.names, args.kills, args.seed)
+    lines = ["| job | killed | rounds that ended in the same bytes |", "|---|---|---|"]
+    lines += [f"| {name} | {count} | {rounds} |" for name, (count, rounds) in found.items()]
+    print("\n".join(lines))
+    if args.write:
+        put(ROOT / "tests/README.md", "kills", lines)
 
 
 if __name__ == "__main__":

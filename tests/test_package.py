@@ -12,6 +12,7 @@ from pathlib import Path
 
 import floors
 import pytest
+import tables
 import timings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,12 +153,13 @@ def test_the_timings_have_their_place_in_the_readme():
     printed = "95.00s call     notebooks/10_a.ipynb::\n11.04s call     notebooks/01_b.ipynb::\n"
     seconds = timings.chapter_seconds(printed) | {"06": 50.0}
     assert timings.chapter_memory().keys() == {f"{number:02}" for number in range(11)}
-    lines = timings.table(0.23, {"test": 500.0}, seconds, {"01": 0.5, "06": 1.4, "10": 0.9})
+    table = timings.table(0.23, {"test": 500.0}, seconds, {"01": 0.5, "06": 1.4, "10": 0.9})
+    lines = "\n".join(table)
     assert "| 0.2 s |" in lines and "11 s (01) to 95 s (10), all together 3 minutes" in lines
     assert "0.5 GB (01) to 1.4 GB (06)" in lines and "`make test`, once everything is installed | 8 minutes |" in lines
-    assert lines in timings.written(README, lines)
+    assert lines in tables.written(README, "timings", table)
     with pytest.raises(ValueError, match="once each"):
-        timings.written(README + timings.END, lines)
+        tables.written(README + "<!-- what make timings writes -->\n", "timings", table)
 
 
 def test_nothing_is_left_to_fill_in():

@@ -6,38 +6,19 @@ Takes about as long as the two. Leave the machine alone meanwhile.
 """
 
 import argparse
-import os
-import platform
 import re
 import statistics
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
-import torch
+from tables import ROOT, machine, put
 
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.world import sample_edit
 
-ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- what make timings writes -->\n", "<!-- end of what make timings writes -->\n"
 CHAPTER = re.compile(r"^([\d.]+)s call +notebooks/(\d\d)_", re.MULTILINE)  # a line of pytest's slowest parts
 MEMORY = re.compile(r"([\d.]+) GB peak memory")  # in the ledger that a chapter prints at its end
-
-
-def machine() -> str:
-    """This machine as a reader would name it: processor, cores, GPU or none, Python, PyTorch."""
-    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"^model name\s*: (.+)$", info.read_text(encoding="utf-8"), re.MULTILINE)):
-        name = found[1]
-    elif sys.platform == "darwin":
-        name = subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    version = torch.__version__.split("+")[0]
-    return f"{name}, {cores} cores, {gpu}, Python {platform.python_version()}, PyTorch {version}"
 
 
 def edit_seconds(repeats: int = 5) -> float:
@@ -87,7 +68,7 @@ def span(costs: dict[str, float], unit: str, digits: int) -> str:
     return parts[0] if low == high else " to ".join(parts)
 
 
-def table(edit: float, makes: dict[str, float], chapters: dict[str, float], memory: dict[str, float]) -> str:
+def table(edit: float, makes: dict[str, float], chapters: dict[str, float], memory: dict[str, float]) -> list[str]:
     """The lines between the markers of README.md."""
     rows = [
         ("one guided edit of 20 steps", duration(edit)),
@@ -95,15 +76,7 @@ def table(edit: float, makes: dict[str, float], chapters: dict[str, float], memo
         ("a notebook's memory", span(memory, "GB", 1)),
     ]
     rows += [(f"`make {target}`, once everything is installed", duration(took)) for target, took in makes.items()]
-    lines = [f"| on {machine()} | |", "|---|---|", *(f"| {what} | {cost} |" for what, cost in rows)]
-    return "\n".join(lines) + "\n"
-
-
-def written(readme: str, lines: str) -> str:
-    """The README with these lines between the markers. Raises ValueError if it has not one pair of them."""
-    if (readme.count(BEGIN), readme.count(END)) != (1, 1):
-        raise ValueError(f"README.md must hold {BEGIN.strip()} and {END.strip()} once each")
-    return readme[: readme.index(BEGIN) + len(BEGIN)] + lines + readme[readme.index(END) :]
+    return [f"| on {machine()} | |", "|---|---|", *(f"| {what} | {cost} |" for what, cost in rows)]
 
 
 def main() -> None:
@@ -114,10 +87,9 @@ def main() -> None:
     check, _ = made("check")
     test, printed = made("test")
     lines = table(edit, {"check": check, "test": test}, chapter_seconds(printed), chapter_memory())
-    print(lines)
+    print("\n".join(lines))
     if not args.print:
-        readme = ROOT / "README.md"
-        readme.write_text(written(readme.read_text(encoding="utf-8"), lines), encoding="utf-8")
+        put(ROOT / "README.md", "timings", lines)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tables import put
 from torch import nn
 from tqdm import tqdm
 
@@ -20,7 +21,8 @@ from minqwen.pipeline import QwenImagePipeline
 from minqwen.quantize import QuantizedLinear, quantize, quantize_blocks
 from minqwen.world import KINDS, judge, sample_edit
 
-TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "data" / "tiny"
 BITS = (8, 4, 3)
 
 
@@ -71,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="edits of each kind")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--write", action="store_true", help="the table into tests/README.md")
     args = parser.parse_args()
     torch.manual_seed(0)
     plain = QwenImagePipeline.from_pretrained(TINY, "cpu", torch.float32, memory="resident")
@@ -87,9 +90,12 @@ def main() -> None:
         columns[bits] |= {f"right: {kind}": f"{score:.0f}" for kind, score in scores.items()}
         columns[bits]["right: all"] = f"{np.mean(list(scores.values())):.1f}"
     rows = dict.fromkeys(name for column in columns.values() for name in column)
-    print("| bits |" + "".join(f" {bits} |" for bits in columns) + "\n|---|" + "---|" * len(columns))
+    lines = ["| bits |" + "".join(f" {bits} |" for bits in columns), "|---|" + "---|" * len(columns)]
     for name in sorted(rows, key=lambda name: name.startswith("right")):
-        print(f"| {name} |" + "".join(f" {column.get(name, '–')} |" for column in columns.values()))
+        lines.append(f"| {name} |" + "".join(f" {column.get(name, '–')} |" for column in columns.values()))
+    print("\n".join(lines))
+    if args.write:
+        put(ROOT / "tests/README.md", "bench-bits", lines)
 
 
 if __name__ == "__main__":

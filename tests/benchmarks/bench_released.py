@@ -9,8 +9,9 @@ PYTHONPATH=tests python tests/benchmarks/bench_released.py --help
     edit       a whole edit of few steps: text encoder, transformer and VAE by turns
     train      one step of a LoRA on the frozen 4-bit weights, its modulation from a table
 
-Each runs in a process of its own, whose peak memory is that of the kernel's count, mapped files included. Ratios
-are the median over rounds in which what is compared takes turns. The last lines are a table, for tests/README.md.
+Each runs in a process of its own, whose peak memory is that of the kernel's count, mapped files included. Ratios are
+the median over rounds in which what is compared takes turns. The last lines are a table; that of a whole run goes into
+tests/README.md.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from made import MadeHub
 from PIL import Image
 from reference import randomise_
+from tables import machine, put
 from tqdm import tqdm
 
 from minqwen.block import QwenImageTransformerBlock
@@ -246,7 +248,10 @@ def main() -> None:
         found = json.loads(out.splitlines()[-1])
         lines.append(f"| {name} | " + ", ".join(f"{key} {value:g}" for key, value in found.items()) + " |")
         print(lines[-1], flush=True)
-    print("\n".join(["", "| run | measured |", "|---|---|", *lines]))
+    lines = [f"| on {machine()} | measured |", "|---|---|", *lines]
+    print("\n".join(lines))
+    if not args.layers:
+        put(Path(__file__).resolve().parents[1] / "README.md", "bench-released", lines)
 
 
 if __name__ == "__main__":
