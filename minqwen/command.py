@@ -13,10 +13,13 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from numbers import Real
 
 import torch
+from PIL import Image
 
-from minqwen.pipeline import QwenImagePipeline
+from minqwen.images import calculate_dimensions, load_image
+from minqwen.pipeline import AREA, QwenImagePipeline
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +47,14 @@ def number(kind: type, least: float, most: float) -> Callable[[str], float]:
     return read
 
 
+def keyword(name: str, value: object, read: Callable[[str], float]) -> float:
+    """A number given in a call, read as the option of the command is; ValueError for another one or no number."""
+    try:
+        return read(str(value) if isinstance(value, Real) else repr(value))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 def device(text: str) -> str:
     """The type of --device: its name, if a number can be put there and read back."""
     try:
@@ -69,6 +80,20 @@ def open_pipeline(
     return QwenImagePipeline.from_pretrained(asked.model, asked.device, dtype, without, memory)
 
 
+def named(path: str, read: Callable, *more):
+    """read(path, ...), whose errors name the file."""
+    try:
+        return read(path, *more)
+    except Exception as error:  # decoders of pictures raise nearly everything
+        raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from error
+
+
+def read_picture(path: str) -> Image.Image:
+    image = load_image(path)
+    calculate_dimensions(AREA, image.width / image.height)  # refuses what is too long
+    return image
+
+
 @contextmanager
 def one_line(command: str, interrupted: str = "interrupted", status: int = 130) -> Iterator[None]:
     """Decorates a command's main: errors that are foreseen, and Ctrl-C, end it with one line and no traceback.
@@ -80,5 +105,7 @@ def one_line(command: str, interrupted: str = "interrupted", status: int = 130) 
     except KeyboardInterrupt:
         print(f"{command}: {interrupted}", file=sys.stderr)
         raise SystemExit(status) from None
+    except UnicodeEncodeError as error:  # half an emoji, or a name on a disk of another system
+        raise SystemExit(f"{command}: {error.object!r} is no text in UTF-8: use another name") from None
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"{command}: {error}") from None

@@ -16,7 +16,6 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -24,14 +23,13 @@ import torch
 from PIL import Image
 
 from minqwen.checkpoint import Checkpoint
-from minqwen.command import Parser, model_options, number, one_line, open_pipeline
+from minqwen.command import Parser, model_options, named, number, one_line, open_pipeline, read_picture
 from minqwen.files import whole_file
-from minqwen.images import calculate_dimensions, load_image
 from minqwen.lightning import load_lightning, steps_of
 from minqwen.lora import load_lora
 from minqwen.lora_files import read_lora
 from minqwen.memory import WAYS
-from minqwen.pipeline import AREA, PARTS, QwenImagePipeline
+from minqwen.pipeline import PARTS, QwenImagePipeline
 from minqwen.prompt import IMAGE_PAD
 from minqwen.transformer import QwenImageTransformer2DModel
 
@@ -100,20 +98,6 @@ def check_together(parser: Parser, asked: argparse.Namespace) -> None:
         raise FileNotFoundError(f"no such picture: {missing[0]} (a prompt of several words stands in quotes)")
     if asked.out and out.exists() and (out.is_dir() or any(map(out.samefile, asked.pictures))):
         parser.error(f"--out {out} is {'a folder' if out.is_dir() else 'one of the pictures'}: choose another name")
-
-
-def named(path: str, read: Callable, *more):
-    """read(path, ...), whose errors name the file."""
-    try:
-        return read(path, *more)
-    except Exception as error:  # decoders of pictures raise nearly everything
-        raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from error
-
-
-def read_picture(path: str) -> Image.Image:
-    image = load_image(path)
-    calculate_dimensions(AREA, image.width / image.height)  # refuses what is too long
-    return image
 
 
 def open_model(asked: argparse.Namespace) -> QwenImagePipeline:

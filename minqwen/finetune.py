@@ -11,13 +11,12 @@ Source: Lipman et al. 2022; the trainers of diffusers and FlyMyAI. Tests: tests/
 As a command: python -m minqwen.finetune --help
 """
 
-import argparse
 import hashlib
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import trange
 
-from minqwen.command import model_options, one_line, open_pipeline
+from minqwen.checkpoint import Checkpoint
+from minqwen.command import Parser, keyword, model_options, named, number, one_line, open_pipeline, read_picture
 from minqwen.files import whole_file, write_json
 from minqwen.images import pack_latents
 from minqwen.lora import ATTENTION, add_lora, save_lora
@@ -38,7 +38,7 @@ from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import Precomputed, Sample
 from minqwen.prompt import pad_prompts
 from minqwen.quantize import QuantizedLinear
-from minqwen.run import Run
+from minqwen.run import Run, check_finite, locked, look_at, model_of
 from minqwen.sampling import resolution_shift, time_shift
 
 TIMESTEP_SAMPLING = ("shifted", "uniform", "logit-normal")
@@ -46,31 +46,36 @@ STATE, LOG, LORA = "checkpoint.pt", "log.csv", "lora.safetensors"  # the files i
 MAY_CHANGE = ("checkpointing", "save_every")  # settings that change no number: a run may go on with others
 
 
-def setting(default, help: str, **option):
-    """A field of Settings; what argparse needs to know of it stands beside it."""
-    return field(default=default, metadata={"help": help} | option)
+def setting(default, help: str, least=None, most=None, **option):
+    """A field of Settings; its range, and what argparse needs to know of it, stand beside it."""
+    kind = {"type": number(type(default), least, most)} if most else {}
+    return field(default=default, metadata={"help": help} | kind | option)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The keywords of `finetune`, and the options of the command."""
 
-    steps: int = setting(1000, "steps of the optimiser")
-    batch_size: int = setting(1, "samples that pass through the model at once")
-    accumulate: int = setting(1, "batches that make one step")
-    lr: float = setting(1e-4, "the highest learning rate")
-    rank: int | None = setting(16, "of the adapters; 0: train every weight, in float32")
-    levels: int = setting(0, "noise levels in a table, instead of a third of the weights; 0: every level, no table")
-    targets: Sequence[str] = setting(ATTENTION, "ends of the adapted layers' names", nargs="+", type=str, metavar="END")
+    steps: int = setting(1000, "steps of the optimiser", 1, 10**9)
+    batch_size: int = setting(1, "samples that pass through the model at once", 1, 2**16)
+    accumulate: int = setting(1, "batches that make one step", 1, 2**16)
+    lr: float = setting(1e-4, "the highest learning rate", 1e-12, 1000)
+    rank: int | None = setting(16, "of the adapters; 0: train every weight, in float32", 0, 2**12)
+    levels: int = setting(0, "noise levels in a table, not a third of the weights; 0: every level, no table", 0, 10**5)
+    targets: Sequence[str] = setting(ATTENTION, "ends of the adapted layers' names", nargs="+", metavar="END")
     timestep_sampling: str = setting("shifted", "noise levels; shifted: as sampling does", choices=TIMESTEP_SAMPLING)
-    caption_dropout: float = setting(0.1, "share of captions replaced by the empty one")
-    checkpointing: bool = setting(False, "less memory, a third more time: compute the blocks again to go backward")
-    seed: int = setting(0, "of adapters, order, noise and dropped captions")
-    save_every: int = setting(100, "steps between two saves")
+    caption_dropout: float = setting(0.1, "share of captions replaced by the empty one", 0, 1)
+    checkpointing: bool = setting(False, "less memory, a third more time: blocks are run twice", action="store_true")
+    seed: int = setting(0, "of adapters, order, noise and dropped captions", 0, 2**64 - 1)
+    save_every: int = setting(100, "steps between two saves", 1, 10**9)
 
     def __post_init__(self):
-        if min(self.steps, self.batch_size, self.accumulate, self.save_every, self.levels + 1) < 1:
-            raise ValueError("steps, batch_size, accumulate and save_every must be at least 1, and levels at least 0")
+        object.__setattr__(self, "rank", 0 if self.rank is None else self.rank)
+        for each in fields(self):
+            if read := each.metadata.get("type"):
+                object.__setattr__(self, each.name, keyword(each.name, getattr(self, each.name), read))
+        if not (isinstance(self.targets, list | tuple) and self.targets and isinstance(self.checkpointing, bool)):
+            raise ValueError("targets must be a list of ends of layers' names, checkpointing True or False")
         sample_sigmas(0, self.timestep_sampling)  # a wrong word is reported before any work
 
 
@@ -179,47 +184,48 @@ def finetune(
 
     out_dir: takes checkpoint.pt (the state of the run) and log.csv every `save_every` steps and lora.safetensors at
     the end (for full fine-tuning a folder `transformer` in the released layout). A run that was cut off goes on from
-    there. preview(step): called at step 0 and after every save. keywords: those of `Settings`, such as steps=1000,
-    lr=1e-4, rank=16; rank None or 0 trains every weight. The pipe may lack its text encoder and VAE unless the preview
-    needs them. On CUDA the forward pass runs in bfloat16 autocast.
-    Raises TypeError for a keyword that is unknown; ValueError for a dataset that is empty, a setting that cannot be,
-    and settings other than those of the run in out_dir; FloatingPointError when a loss is no longer finite.
+    there; two runs take turns. preview(step): called at step 0 and after every save. keywords: those of `Settings`,
+    such as steps=1000, lr=1e-4, rank=16; rank None or 0 trains every weight. The pipe may lack its text encoder and VAE
+    unless the preview needs them. On CUDA the forward pass runs in bfloat16 autocast.
+    Raises TypeError for a keyword that is unknown; ValueError for a dataset that is empty, damaged or of another model,
+    a setting that cannot be, and settings, data or a model other than those of the run in out_dir; OSError that names
+    the file that cannot be written; FloatingPointError when a loss is no longer finite.
     """
     settings = Settings(**keywords)
     if bool(pipe.turns) != bool(settings.levels) or (pipe.turns and (pipe.turns.streams or not settings.rank)):
         way = 'memory="resident" and levels=0, or, to train adapters, memory="turns" and levels=1000'
         raise ValueError(f"training needs the transformer at hand: open the pipeline with {way}")
-    groups = group_by_shape(dataset)
+    groups, data = look_at(dataset, pipe.transformer.config)
     steps, size = settings.steps, settings.batch_size * settings.accumulate
     folder = None if out_dir is None else Path(out_dir)
     lasting = {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
-    lasting["samples"] = len(dataset)
-    with training(pipe.transformer, settings) as parameters:
-        optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
-        parts = {"weights": nn.ParameterList(parameters), "optimizer": optimizer}
-        run = Run(folder and folder / STATE, folder and folder / LOG, Row._fields, parts, lasting)
-        run.resume()
-        table = LevelTable(pipe.turns, settings.levels) if settings.levels else None
-        if preview and not run.step:
-            preview(0)
-        order = steps_from(run.step, groups, size, settings.seed)
-        for step in trange(run.step, steps, initial=run.step, total=steps, desc="finetune", disable=not progress):
-            samples = [dataset[i] for i in next(order)]
-            rows = accumulate_gradients(pipe, samples, settings, step, table)
-            if bad := [s.name for s, row in zip(samples, rows, strict=True) if not math.isfinite(row.loss)]:
-                raise FloatingPointError(f"step {step}: the loss of {bad} is not finite; try an lr below {settings.lr}")
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.param_groups[0]["lr"] = learning_rate(settings.lr, step, steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            run.rows += rows
-            run.step += 1
-            if run.step % settings.save_every == 0 or run.step == steps:
-                run.save()
-                if preview:
-                    preview(run.step)
-    if folder:
-        save_result(pipe, folder, settings.rank)
+    lasting |= {"samples": len(dataset), "data": data, "model": model_of(pipe)}
+    with locked(folder) if folder else nullcontext():
+        with training(pipe.transformer, settings) as parameters:
+            optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
+            parts = {"weights": nn.ParameterList(parameters), "optimizer": optimizer}
+            run = Run(folder and folder / STATE, folder and folder / LOG, Row._fields, parts, lasting)
+            run.resume()
+            table = LevelTable(pipe.turns, settings.levels) if settings.levels else None
+            if preview and not run.step:
+                preview(0)
+            order = steps_from(run.step, groups, size, settings.seed)
+            for step in trange(run.step, steps, initial=run.step, total=steps, desc="finetune", disable=not progress):
+                samples = [dataset[i] for i in next(order)]
+                rows = accumulate_gradients(pipe, samples, settings, step, table)
+                norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+                check_finite(samples, rows, norm, settings.lr)
+                optimizer.param_groups[0]["lr"] = learning_rate(settings.lr, step, steps)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                run.rows += rows
+                run.step += 1
+                if run.step % settings.save_every == 0 or run.step == steps:
+                    run.save()
+                    if preview:
+                        preview(run.step)
+        if folder:
+            save_result(pipe, folder, settings.rank)
     return [Row(*row) for row in run.rows]
 
 
@@ -246,17 +252,6 @@ def accumulate_gradients(pipe, samples: list[Sample], settings: Settings, step: 
         (loss.sum() / len(samples)).backward()  # adds up to the gradient of the mean over the whole step
         losses += loss.tolist()
     return [Row(step, *pair) for pair in zip(sigma.tolist(), losses, strict=True)]
-
-
-def group_by_shape(dataset: Precomputed | Sequence[Sample]) -> list[list[int]]:
-    """Indices of samples that may share a batch: equal sizes of target and control pictures."""
-    groups: dict[tuple, list[int]] = {}
-    shapes_of = getattr(dataset, "shapes", lambda i: [z.shape for z in (dataset[i].latents, *dataset[i].control)])
-    for i in range(len(dataset)):
-        groups.setdefault(tuple(map(tuple, shapes_of(i))), []).append(i)
-    if not groups:
-        raise ValueError("the dataset is empty: there is nothing to train on")
-    return list(groups.values())
 
 
 @contextmanager
@@ -309,25 +304,22 @@ def picture_preview(pipe: QwenImagePipeline, out_dir: str | os.PathLike, prompt:
         same = {"generator": torch.Generator().manual_seed(0), "progress": False} | options
         picture = pipe.generate(prompt, **same) if image is None else pipe.edit(image, prompt, **same)
         Path(out_dir).mkdir(parents=True, exist_ok=True)
-        picture.save(Path(out_dir) / f"preview_{step:06}.png")
+        with whole_file(Path(out_dir) / f"preview_{step:06}.png") as path:
+            picture.save(path, "PNG")
 
     return preview
 
 
-def command_line() -> argparse.ArgumentParser:
+def command_line() -> Parser:
     """The command's options: its own, then one for each of Settings."""
-    parser = argparse.ArgumentParser(
-        prog="python -m minqwen.finetune",
-        description="Train a LoRA on what python -m minqwen.precompute left in a folder. Run again, it goes on.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    purpose = "Train a LoRA on what python -m minqwen.precompute left in a folder. Run again, it goes on."
+    parser = Parser("finetune", purpose, "python -m minqwen.finetune cache/ --out run/ --rank 16")
     add = parser.add_argument
     add("cache", metavar="CACHE", help="folder that python -m minqwen.precompute filled, with the same --model")
     add("--out", metavar="DIR", required=True, help="folder for the run's state, log, previews and the result")
     model_options(parser)
     for each in fields(Settings):
-        form = {"action": "store_true"} if each.type is bool else {"type": type(each.default)}
-        add(f"--{each.name.replace('_', '-')}", default=each.default, **form | each.metadata)
+        add(f"--{each.name.replace('_', '-')}", default=each.default, **each.metadata)
     add("--preview-prompt", help="paint this at every save")
     add("--preview-image", metavar="FILE", help="the picture that the preview edits")
     add("--quiet", action="store_true", help="no progress bar")
@@ -337,14 +329,20 @@ def command_line() -> argparse.ArgumentParser:
 @one_line("finetune", "interrupted; run it again to go on", status=1)
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    asked = command_line().parse_args(arguments)
+    parser = command_line()
+    asked = parser.parse_args(arguments)
+    if asked.preview_image and not asked.preview_prompt:
+        parser.error("--preview-image without --preview-prompt: say what to do with it")
     keywords = {each.name: getattr(asked, each.name) for each in fields(Settings)}
-    Settings(**keywords)  # wrong ones, and a cache that is not there, before minutes are spent on loading a model
-    dataset = Precomputed.open(asked.cache)
+    " ".join((asked.cache, asked.out, asked.model)).encode()  # safetensors takes no other names
+    dataset = Precomputed.open(asked.cache)  # looked at before minutes are spent on loading a model
+    look_at(dataset, Checkpoint(asked.model).config("transformer/config.json"))
+    Path(asked.out).mkdir(parents=True, exist_ok=True)
+    image = asked.preview_image and named(asked.preview_image, read_picture)
     prompt = asked.preview_prompt
     without, memory = () if prompt else ("text_encoder", "vae"), "turns" if asked.levels else "resident"
     pipe = open_pipeline(asked, without, memory)
-    preview = prompt and picture_preview(pipe, asked.out, prompt, asked.preview_image)
+    preview = prompt and picture_preview(pipe, asked.out, prompt, image)
     log = finetune(pipe, dataset, asked.out, preview=preview, progress=not asked.quiet, **keywords)
     losses = [row.loss for row in log[-100:]]
     mean = sum(losses) / len(losses)

@@ -3,22 +3,28 @@
     Run(state file, log file, fields, parts, settings)  ->  step, rows; save, resume
 
 Parts are whatever has a state to keep: a module, an optimiser, a random generator. The training loop counts `step`
-up and appends to `rows`; everything else is the loop's own.
+up and appends to `rows`; everything else is the loop's own. What a run is of stands in its settings, digests of its
+data (`look_at`) and its model (`model_of`) among them: with others it is not gone on with.
 The surprise: two files cannot be replaced in one moment. So the log is written first and whole, and only then the
 state, which alone says what is done: a run killed between the two goes on from the older state and writes the log anew.
 Tests: tests/test_run.py. Chapter 10.
 """
 
 import csv
+import hashlib
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
-from minqwen.files import whole_file
+from minqwen.files import open_weights, whole_file
+
+TEXTS = ("embeds", "empty")  # of a sample's tensors; the others are latents of pictures
 
 
 class Run:
@@ -66,14 +72,14 @@ class Run:
         names = [name for name in before | now if before.get(name) != now.get(name)]
         if names:
             different = ", ".join(f"{name} {before.get(name)} there, {now.get(name)} now" for name in names)
-            raise ValueError(f"{self.state} has other settings ({different}): go on with those, or elsewhere")
+            raise ValueError(f"{self.state} has other settings ({different}): go on with those, or in another folder")
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(run["parts"][name])
-        except (KeyError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[-1].strip()
+        except Exception as error:  # each part has its own way to say it
+            reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
             raise ValueError(f"{self.state} is of a run that trained another model ({reason})") from None
-        self.step, self.rows, self.seconds = run["step"], [tuple(row) for row in run["rows"]], run["seconds"]
+        self.step, self.rows, self.seconds = run["step"], run["rows"], run["seconds"]
         self._started = time.monotonic()
         return True
 
@@ -86,17 +92,91 @@ def read_state(path: Path) -> dict:
     path.open("rb").close()  # what the system refuses, it says itself
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        run = json.loads(saved["run"])
-        return {name: run[name] for name in ("step", "seconds", "rows", "settings")} | {"parts": saved["parts"]}
+        run, kinds = json.loads(saved["run"]), {"step": int, "seconds": float, "settings": dict}
+        run["rows"], run["parts"] = [tuple(row) for row in run["rows"]], dict(saved["parts"])
+        return run | {name: kind(run[name]) for name, kind in kinds.items()}
     except Exception:  # torch's own words are long, and advise to open the file without its safeguards
         raise ValueError(f"{path} is damaged, or not the state of a training run: move it away to begin anew") from None
 
 
 def locked(folder: Path):
-    """A lock on the folder, which the system takes off when its process ends, however that ends."""
+    """A lock on the folder, made first, which the system takes off when its process ends, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         return lock.acquire(timeout=1)
     except Timeout:
         print(f"another run works on {folder}: waiting for it", flush=True)
         return lock.acquire()
+
+
+def digest(parts: Iterable[str | Tensor]) -> str:
+    """Words and tensors, in a few letters."""
+    told = hashlib.sha256()
+    for part in parts:
+        told.update(part.encode() if isinstance(part, str) else part.detach().cpu().ravel().view(torch.uint8).numpy())
+    return told.hexdigest()[:16]
+
+
+def model_of(pipe) -> str:
+    """Which transformer a run is of: its dtype, and a digest of its config, its schedule and its weights.
+
+    Of these the names, shapes and dtypes, small ones whole and 64 numbers of each large one: cheap at any size.
+    """
+    parts = [repr(sorted(what.items())) for what in (pipe.transformer.config, pipe.schedule)]
+    for name, tensor in pipe.transformer.state_dict().items():
+        few = tensor.reshape(-1)[:: tensor.numel() // 64 if tensor.numel() > 2**16 else 1]
+        parts += [f"{name} {tuple(tensor.shape)} {tensor.dtype}", "" if tensor.is_meta else few]
+    return f"{str(pipe.dtype).removeprefix('torch.')} {digest(parts)}"
+
+
+def look_at(dataset: Sequence, config: dict) -> tuple[list[list[int]], str]:
+    """Indices of samples that may share a batch, as their pictures have equal sizes; and a digest of all samples.
+
+    config: the transformer's. Raises ValueError for a dataset that is empty, a file that is damaged or no sample, and
+    a sample that is not of the model's widths.
+    """
+    text, latents = config.get("joint_attention_dim", 3584), config.get("in_channels", 64) // 4
+    groups, keys, kept = {}, [], getattr(dataset, "kept", dataset)
+    for i in range(len(dataset)):
+        name, key, shapes = described(kept[i])
+        for part, shape in shapes.items():
+            wanted = (1, *shape[-2:-1], text) if part in TEXTS else (1, latents, 1, *shape[-2:])
+            if shape != wanted:
+                hint = "the cache is of another model, run python -m minqwen.precompute with this one's --model"
+                raise ValueError(f"{name}: {part} {tuple(shape)}, where the model takes {wanted}: {hint}")
+        keys.append(key)
+        groups.setdefault(tuple(sorted((p, *s) for p, s in shapes.items() if p not in TEXTS)), []).append(i)
+    if not groups:
+        raise ValueError("the dataset is empty: there is nothing to train on")
+    return list(groups.values()), digest(keys)
+
+
+def described(sample) -> tuple[str, str, dict[str, tuple[int, ...]]]:
+    """A sample's name, a digest of it, its tensors' shapes; of a file its path, its key, and what its header says."""
+    if not isinstance(sample, Path):
+        tensors = tensors_of(sample)
+        words = (f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items())
+        return sample.name, digest([sample.name, *words, *tensors.values()]), {n: t.shape for n, t in tensors.items()}
+    with open_weights(sample) as file:
+        key = (file.metadata() or {}).get("key")
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    if key != sample.stem or not {"latents", *TEXTS} <= shapes.keys():
+        raise ValueError(f"{sample} is no sample of this cache: delete it, and run python -m minqwen.precompute again")
+    return str(sample), key, shapes
+
+
+def tensors_of(sample) -> dict[str, Tensor]:
+    """Of a Sample in memory, by name."""
+    control = {f"control_{n}": latents for n, latents in enumerate(sample.control)}
+    return {"latents": sample.latents, "embeds": sample.embeds, "empty": sample.empty} | control
+
+
+def check_finite(samples: Sequence, rows: Sequence, norm: Tensor, lr: float) -> None:
+    """Raise FloatingPointError where a step's losses or the norm of its gradient are not: they would spoil the run."""
+    bad = [sample for sample, row in zip(samples, rows, strict=True) if not math.isfinite(row.loss)]
+    if bad or not norm.isfinite():
+        what = f"loss of {[sample.name for sample in bad]}" if bad else "gradient"
+        spoilt = not all(tensor.isfinite().all() for sample in bad for tensor in tensors_of(sample).values())
+        why = "the data hold NaN or infinity, make them again" if spoilt else f"try an lr below {lr}"
+        raise FloatingPointError(f"step {rows[0].step}: the {what} is not finite; {why}")

@@ -11,11 +11,11 @@ The surprise: a third of the result is modulation weights, at 8 bits, which only
 Tests: tests/test_shrink.py. Chapter 11.
 """
 
-import hashlib
 import json
 import math
 import os
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from minqwen.files import open_weights, read_json, whole_file, write_json
 from minqwen.lightning import SCHEDULE, steps_of
 from minqwen.lora_files import read_lora
 from minqwen.quantize import FORMAT, GROUP, bits_of, check_bits, quantize
-from minqwen.run import locked
+from minqwen.run import digest, locked
 from minqwen.text_encoder import released_name
 from minqwen.transformer import QwenImageTransformer2DModel
 
@@ -64,7 +64,8 @@ def shrink(
     check_bits(bits)
     source, out = Checkpoint(path_or_repo), Path(out)
     adapters = adapters_of(source, lora, lora_scale) if lora else {}
-    asked = {"format": FORMAT, "bits": bits, "of": fingerprint(source), "lora": digest(adapters) if lora else None}
+    told = (part for name, pair in sorted(adapters.items()) for part in (name, *pair))
+    asked = {"format": FORMAT, "bits": bits, "of": fingerprint(source), "lora": digest(told) if lora else None}
     files = {component: files_of(source, out, component) for component in STEMS}
     if is_whole(out, asked):
         print(f"{out} is whole already")
@@ -120,30 +121,18 @@ def is_whole(out: Path, asked: dict) -> bool:
         return not mark.exists() and len(named) == len(STEMS) and not absent
     if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty: name another folder")
-    out.mkdir(parents=True, exist_ok=True)
     return False
 
 
 def fingerprint(source: Checkpoint) -> str:
     """Which weights these are, wherever they lie: names and shapes of all, the numbers of some small ones."""
-    told = hashlib.sha256()
+    told = []
     for component in STEMS:
         shapes = source.shapes(component)
-        told.update(json.dumps(sorted((name, list(shape)) for name, shape in shapes.items())).encode())
+        told.append(json.dumps(sorted((name, list(shape)) for name, shape in shapes.items())))
         small = sorted((math.prod(shape), name) for name, shape in shapes.items())[:: max(1, len(shapes) // 8)][:4]
-        for _, name in small:
-            told.update(source.tensors(component, name)[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return told.hexdigest()[:16]
-
-
-def digest(adapters: dict[str, tuple[Tensor, Tensor]]) -> str:
-    """What adapters say, their scale included, in a few letters."""
-    told = hashlib.sha256()
-    for name, pair in sorted(adapters.items()):
-        told.update(name.encode())
-        for matrix in pair:
-            told.update(matrix.contiguous().numpy().tobytes())
-    return told.hexdigest()[:16]
+        told += [source.tensors(component, name)[name] for _, name in small]
+    return digest(told)
 
 
 def adapters_of(source: Checkpoint, lora: str | os.PathLike, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
@@ -264,4 +253,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console of Windows may lack a letter of a folder's name
     main()

@@ -274,9 +274,8 @@ def test_numbers_stay_in_their_range():
 
 
 def test_finetune_has_the_same_options_and_ends_the_same_way(folder, capsys, monkeypatch):
-    with pytest.raises(SystemExit) as end:
-        finetune.main(["cache", "--out", "out", "--device", "abacus"])
-    assert end.value.code == 2 and "argument --device: there is no 'abacus' here" in capsys.readouterr().err
+    status, line = end_of(capsys, "cache", "--out", "out", "--device", "abacus", command=finetune.main)
+    assert status == 2 and line.startswith("finetune: argument --device: there is no 'abacus' here")
 
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -1,14 +1,17 @@
 """finetune.py: the loss and its gradient, batches, chance, runs that are killed and go on to the same bits."""
 
 import csv
+import errno
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from minqwen import finetune as library
 from minqwen.checkpoint import Checkpoint
+from minqwen.files import write_json
 from minqwen.finetune import (
     LOG,
     LORA,
@@ -29,7 +33,6 @@ from minqwen.finetune import (
     finetune,
     flow_error,
     flow_loss,
-    group_by_shape,
     main,
     make_batch,
     picture_preview,
@@ -42,9 +45,9 @@ from minqwen.images import pack_latents
 from minqwen.lora import adapters, add_lora, load_lora, lora_state
 from minqwen.memory import Shell, hold
 from minqwen.pipeline import QwenImagePipeline
-from minqwen.precompute import Precomputed, Sample, precompute
+from minqwen.precompute import INDEX, Precomputed, Sample, _write_sample, precompute
 from minqwen.quantize import quantize_blocks
-from minqwen.run import read_state
+from minqwen.run import locked, look_at, model_of, read_state
 from minqwen.sampling import time_shift
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.world import sample_edit
@@ -72,6 +75,16 @@ def small_set(count: int = 6, seed: int = 0, size=(4, 6), controls=((4, 4),), dt
         embeds, empty = (torch.randn(1, n, 24, generator=g).to(dtype) for n in (3 + i % 4, 2))
         made.append(Sample(f"s{i}", latents, tuple(held), embeds, empty))
     return made
+
+
+def on_disk(folder: Path, samples: list[Sample], first: int = 0) -> Precomputed:
+    """A cache that holds these samples, under the keys first, first + 1, ..."""
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{first + i:040}.safetensors" for i in range(len(samples))]
+    for file, sample in zip(files, samples, strict=True):
+        _write_sample(file, sample, {})
+    write_json(folder / INDEX, {"samples": [(s.name, file.name) for s, file in zip(samples, files, strict=True)]})
+    return Precomputed.open(folder)
 
 
 def equal(a: dict, b: dict) -> bool:
@@ -128,7 +141,7 @@ def test_a_table_of_levels_trains_as_the_layers_do(tmp_path, monkeypatch, zero_c
         ("stream", {"levels": 8}, 'open the pipeline with memory="resident" and levels=0'),
         ("resident", {"levels": 8}, 'memory="turns" and levels=1000'),
         ("turns", {"levels": 8, "rank": 0}, "to train adapters"),
-        ("turns", {"levels": -1}, "levels at least 0"),
+        ("turns", {"levels": -1}, "levels: expected a whole number from 0"),
         ("turns", {"levels": 8, "targets": ("img_mod.1",)}, "train them with levels=0"),
     ],
 )
@@ -173,15 +186,12 @@ def test_control_pictures_lie_one_behind_the_other():
     assert two.control.shape == (2, 4 + 3, 64) and two.shapes == [(1, 2, 3), (1, 2, 2), (1, 1, 3)]
 
 
-def test_samples_of_one_shape_share_a_batch_and_files_are_not_read_to_know_it():
+def test_samples_of_one_shape_share_a_batch_and_of_files_the_headers_tell_it(tmp_path, monkeypatch):
     samples = small_set(3) + small_set(2, controls=()) + small_set(1, size=(4, 4)) + small_set(1, controls=((4, 6),))
-    assert group_by_shape(samples) == [[0, 1, 2], [3, 4], [5], [6]]
-
-    class OnDisk:
-        __len__ = lambda self: len(samples)  # noqa: E731
-        shapes = lambda self, i: [z.shape for z in (samples[i].latents, *samples[i].control)]  # noqa: E731
-
-    assert group_by_shape(OnDisk()) == group_by_shape(samples)
+    assert look_at(samples, SMALL)[0] == [[0, 1, 2], [3, 4], [5], [6]]
+    kept = on_disk(tmp_path, samples)
+    monkeypatch.setattr(Precomputed, "__getitem__", None)
+    assert look_at(kept, SMALL)[0] == [[0, 1, 2], [3, 4], [5], [6]]
     log = finetune(small_pipe(), samples, steps=5, **QUICK)
     assert len(log) == len(samples), "an epoch of mixed samples"
 
@@ -315,7 +325,7 @@ def test_the_log_has_a_row_for_every_sample(tmp_path):
     with open(tmp_path / LOG) as file:
         rows = [Row(int(step), float(sigma), float(loss)) for step, sigma, loss in list(csv.reader(file))[1:]]
     assert rows == log
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([STATE, LOG, LORA])
+    assert sorted(p.name for p in tmp_path.glob("[!.]*")) == sorted([STATE, LOG, LORA])
 
 
 def test_a_seed_gives_the_same_run_whatever_else_draws_numbers():
@@ -457,8 +467,6 @@ def test_borders(tmp_path):
         finetune(small_pipe(), small_set(), step=1)
     with pytest.raises(ValueError, match="timestep_sampling 'none'"):
         finetune(small_pipe(), small_set(), steps=1, timestep_sampling="none")
-    with pytest.raises(ValueError, match="must be at least 1"):
-        finetune(small_pipe(), small_set(), steps=0)
     pipe = small_pipe()
     finetune(pipe, small_set(), steps=1, **QUICK)
     with pytest.raises(ValueError, match="adapters already"):
@@ -467,10 +475,239 @@ def test_borders(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_what_is_saved(tmp_path):
     good, bad = small_set(3), small_set(1, seed=9)[0]
-    bad = bad._replace(name="bad", latents=bad.latents * math.nan)
-    with pytest.raises(FloatingPointError, match=r"step [1-3]: the loss of \['bad'\] is not finite; try an lr below"):
-        finetune(small_pipe(), [*good, bad], tmp_path, steps=30, save_every=1, **QUICK | {"batch_size": 1, "seed": 1})
-    assert all(w.isfinite().all() for w in read_state(tmp_path / STATE)["parts"]["weights"].values())
+    options = QUICK | {"batch_size": 1, "seed": 1}
+    for what, why in ((math.nan, "the data hold NaN or infinity"), (1e20, "try an lr below 0.01")):
+        spoilt = [*good, bad._replace(name="bad", latents=bad.latents * what)]
+        with pytest.raises(FloatingPointError, match=rf"step [1-3]: the loss of \['bad'\] is not finite; {why}"):
+            finetune(small_pipe(), spoilt, tmp_path / f"{what}", steps=30, save_every=1, **options)
+        weights = read_state(tmp_path / f"{what}" / STATE)["parts"]["weights"]
+        assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    with pytest.raises(FloatingPointError, match="step 0: the gradient is not finite; try an lr below 0.01"):
+        finetune(small_pipe(), small_set(), steps=1, **QUICK)
+
+
+def other(model: QwenImagePipeline, change) -> QwenImagePipeline:
+    change(model)
+    return model
+
+
+OTHER_MODELS = {
+    "seed": lambda pipe: pipe.transformer.load_state_dict(small_pipe(1).transformer.state_dict()),
+    "one weight": lambda pipe: pipe.transformer.transformer_blocks[1].attn.to_v.weight.mul_(1.01),
+    "one bias": lambda pipe: pipe.transformer.proj_out.bias[-1].add_(1),
+    "dtype": lambda pipe: pipe.transformer.bfloat16(),
+    "schedule": lambda pipe: setattr(pipe, "schedule", pipe.schedule | {"max_shift": 2.0}),
+}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("change", OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_a_run_of_another_model_is_not_gone_on_with(tmp_path, change):
+    settings = torch.enable_grad()(finetune)
+    settings(small_pipe(), small_set(2), tmp_path, steps=1, **QUICK)
+    with pytest.raises(ValueError, match=r"other settings \(model float32 \w{16} there, \w+ \w{16} now\)"):
+        settings(other(small_pipe(), change), small_set(2), tmp_path, steps=1, **QUICK)
+
+
+def test_of_large_weights_some_numbers_tell_which_model_it_is():
+    pipes = [QwenImagePipeline(torch.nn.Linear(512, 256), None, None, None) for _ in range(2)]
+    for pipe in pipes:
+        pipe.transformer.config, pipe.transformer.img_in = {}, torch.nn.Linear(1, 1)
+        torch.nn.init.ones_(pipe.transformer.weight)
+        for small in (pipe.transformer.bias, *pipe.transformer.img_in.parameters()):
+            torch.nn.init.zeros_(small)
+    assert model_of(pipes[0]) == model_of(pipes[1])
+    torch.nn.init.constant_(pipes[1].transformer.weight, 1.001)
+    assert model_of(pipes[0]) != model_of(pipes[1])
+
+
+OTHER_DATA = {
+    "picture": lambda s: s._replace(latents=s.latents + 1e-3),
+    "control": lambda s: s._replace(control=(s.control[0] * 2,)),
+    "caption": lambda s: s._replace(embeds=s.embeds[:, :-1]),
+    "empty": lambda s: s._replace(empty=s.empty + 1),
+    "name": lambda s: s._replace(name="other"),
+    "dtype": lambda s: s._replace(latents=s.latents.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_DATA.values(), ids=OTHER_DATA)
+def test_a_run_on_other_data_is_not_gone_on_with(tmp_path, change):
+    """Nor is one that is done: its adapters are not those of the new data."""
+    first, *others = small_set(2)
+    finetune(small_pipe(), [first, *others], tmp_path, steps=1, **QUICK)
+    with pytest.raises(ValueError, match=r"other settings \(data \w{16} there, \w{16} now\)"):
+        finetune(small_pipe(), [change(first), *others], tmp_path, steps=1, **QUICK)
+    with pytest.raises(ValueError, match=r"other settings \(data"):
+        finetune(small_pipe(), [*others, first], tmp_path, steps=1, **QUICK)
+
+
+def test_a_cache_that_was_moved_is_the_same_data_and_one_with_another_key_is_not(tmp_path):
+    kept = on_disk(tmp_path / "a", small_set(2))
+    finetune(small_pipe(), kept, tmp_path / "out", steps=1, **QUICK)
+    (tmp_path / "a").rename(tmp_path / "b")
+    finetune(small_pipe(), Precomputed.open(tmp_path / "b"), tmp_path / "out", steps=1, **QUICK)
+    with pytest.raises(ValueError, match=r"other settings \(data"):
+        finetune(small_pipe(), on_disk(tmp_path / "c", small_set(2), first=5), tmp_path / "out", steps=1, **QUICK)
+
+
+def damaged(content: bytes) -> dict[str, bytes]:
+    return {"cut": content[:-1], "half": content[: len(content) // 2], "empty": b"", "zeros": bytes(len(content)),
+            "longer": content + b"x", "words": b"<html>no such file</html>"}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", damaged(b""))
+def test_a_damaged_sample_is_named_before_the_first_step(tmp_path, what):
+    kept = on_disk(tmp_path, small_set(3))
+    kept.kept[1].write_bytes(damaged(kept.kept[1].read_bytes())[what])
+    with pytest.raises(ValueError, match=rf"{kept.kept[1].name} is damaged .* make it, again"):
+        finetune(small_pipe(), kept, tmp_path / "out", steps=1, **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_sample_of_the_cache_is_named(tmp_path):
+    kept = on_disk(tmp_path, small_set(3))
+    whole, key = load_file(kept.kept[0]), {"key": kept.kept[0].stem}
+    without = {name: tensor for name, tensor in whole.items() if name != "empty"}
+    for tensors, metadata in (({"a": torch.ones(2)}, None), (without, key), (whole, {"key": kept.kept[1].stem})):
+        save_file(tensors, kept.kept[0], metadata)
+        with pytest.raises(ValueError, match=f"{kept.kept[0].name} is no sample of this cache: delete it, and run"):
+            finetune(small_pipe(), kept, steps=1, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("part", "shape"),
+    [("embeds", (1, 3, 25)), ("empty", (1, 2, 23)), ("embeds", (3, 24)), ("latents", (1, 8, 1, 4, 6)),
+     ("latents", (1, 16, 4, 6)), ("latents", (1, 16, 2, 4, 6)), ("control", (1, 4, 1, 4, 4))],
+)  # fmt: skip
+def test_a_cache_of_another_width_is_refused_in_a_sentence(tmp_path, part, shape):
+    tensor = torch.ones(shape)
+    good, bad = small_set(2)
+    bad = bad._replace(**{part: (tensor,) if part == "control" else tensor})
+    said = rf"{part}\w* \({', '.join(map(str, shape))}\), where the model takes .*: the cache is of another model"
+    for dataset in ([good, bad], on_disk(tmp_path, [good, bad])):
+        with pytest.raises(ValueError, match=said):
+            finetune(small_pipe(), dataset, steps=1, **QUICK)
+
+
+WRONG = {
+    "caption_dropout": (10, -1, 1.001, math.nan, math.inf, "0.1", None, True),
+    "lr": (0, -1, math.nan, math.inf, "1e-4", None, True),
+    "steps": (0, -1, 1.0, 2.5, math.nan, "3", None, True, 10**400),
+    "batch_size": (0, 1.0, "3", True),
+    "accumulate": (0, 1.0, "3", True),
+    "save_every": (0, 1.0, "3", True),
+    "rank": (-1, 2.0, "4", True, math.nan),
+    "levels": (-1, 2.0, True),
+    "seed": (-1, 1.5, "1", None, 2**64),
+    "targets": ("to_q", (), None, 5),
+    "checkpointing": ("yes", 1, None),
+    "timestep_sampling": ("cosine", None),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_setting_outside_its_range_is_named(name, capsys):
+    for value in WRONG[name]:
+        with pytest.raises(ValueError, match=rf"\b{name}"):
+            Settings(**{name: value})
+    if name in ("targets", "checkpointing"):
+        return
+    for value in WRONG[name]:
+        if isinstance(value, int | float) and not isinstance(value, bool) and value != 1.0:
+            with pytest.raises(SystemExit) as end:
+                main(["cache", "--out", "out", f"--{name.replace('_', '-')}={value}"])
+            said = capsys.readouterr().err
+            assert end.value.code == 2 and said.count("\n") == 1
+            assert said.startswith(f"finetune: argument --{name.replace('_', '-')}: expected a")
+
+
+def test_numbers_at_the_ends_of_their_ranges_and_of_numpy_are_taken():
+    import numpy as np
+
+    Settings(steps=1, caption_dropout=0, lr=1, seed=2**64 - 1)
+    assert Settings(caption_dropout=1).caption_dropout == 1.0 and Settings(rank=None).rank == 0
+    ours = Settings(seed=np.int64(3), lr=np.float64(0.1), steps=np.uint8(4))
+    assert ours == Settings(seed=3, lr=0.1, steps=4) and type(ours.seed) is int
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_folder_take_turns(tmp_path, capsys):
+    logs, options = [], QUICK | {"steps": 10, "save_every": 1}
+    alone, *pipes = (small_pipe() for _ in range(3))
+    run = lambda pipe: logs.append(finetune(pipe, small_set(), tmp_path / "both", **options))  # noqa: E731
+    finetune(alone, small_set(), tmp_path / "alone", **options)
+    with locked(tmp_path / "both"):
+        threads = [Thread(target=run, args=[pipe]) for pipe in pipes]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.5)
+        assert capsys.readouterr().out.count("another run works on") == 2 and not logs
+    for thread in threads:
+        thread.join()
+    assert len(logs) == 2 and logs[0] == logs[1] and outcome(tmp_path / "both") == outcome(tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [LOG, STATE, LORA])
+def test_on_a_full_disk_the_file_is_named_and_the_last_state_stays(tmp_path, monkeypatch, full):
+    options = QUICK | {"steps": 4, "save_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        finetune(small_pipe(), small_set(), tmp_path, preview=lambda step: step < 2 or stop(), **options)
+    before, replace = (tmp_path / STATE).read_bytes(), os.replace
+
+    def no_room(half, path):
+        if path.name == full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(half, path)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=rf"cannot write .*{full}: .*No space left"):
+        patch.setattr(os, "replace", no_room)
+        finetune(small_pipe(), small_set(), tmp_path, **options)
+    assert full == LORA or (tmp_path / STATE).read_bytes() == before
+    assert not list(tmp_path.glob(".*.part"))
+    finetune(small_pipe(), small_set(), tmp_path, **options)
+    finetune(small_pipe(), small_set(), tmp_path / "whole", **options)
+    assert outcome(tmp_path) == outcome(tmp_path / "whole")
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--preview-image", "a.png"], 2, "--preview-image without --preview-prompt"),
+        (["--preview-image", "gone.png", "--preview-prompt", "x"], 1, "no such picture: gone.png"),
+        (["--preview-image", "words.txt", "--preview-prompt", "x"], 1, "cannot read words.txt as a picture"),
+        (["--out", "words.txt"], 1, "words.txt"),
+        (["--out", "odd\udcff"], 1, "is no text in UTF-8"),
+        (["--model", "wide"], 1, "the cache is of another model"),
+        (["--model", "gone"], 1, "gone is neither a folder nor a hub repository"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line_before_a_model_is_loaded(
+    tmp_path, monkeypatch, capsys, arguments, status, said
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(library, "open_pipeline", None)
+    Path("words.txt").write_text("no picture", encoding="utf-8")
+    on_disk(Path("cache"), small_set(1))
+    for name, width in (("right", 24), ("wide", 32)):
+        Path(name, "transformer").mkdir(parents=True)
+        config = {"joint_attention_dim": width, "in_channels": 64}
+        Path(name, "transformer", "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(SystemExit) as end:
+        main(["cache", "--out", "out", "--model", "right", *arguments])
+    line = capsys.readouterr().err if isinstance(end.value.code, int) else f"{end.value.code}\n"
+    assert (end.value.code if isinstance(end.value.code, int) else 1) == status
+    assert line.startswith("finetune: ") and said in line and line.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------- with data/tiny
@@ -516,7 +753,7 @@ def test_the_command_trains_saves_previews_and_goes_on(pairs, tmp_path, monkeypa
                  "--quiet"]  # fmt: skip
     main([str(a) for a in arguments])
     assert "2 steps in" in capsys.readouterr().out
-    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    names = sorted(p.name for p in (tmp_path / "out").glob("[!.]*"))
     assert names == [STATE, LOG, LORA, "preview_000000.png", "preview_000002.png"]
     assert Image.open(tmp_path / "out" / "preview_000002.png").size == (64, 64)
     report = load_lora(QwenImagePipeline.from_pretrained(TINY, "cpu").transformer, tmp_path / "out" / LORA)
@@ -525,8 +762,6 @@ def test_the_command_trains_saves_previews_and_goes_on(pairs, tmp_path, monkeypa
         main([str(a) for a in arguments] + ["--seed", "3"])
     with pytest.raises(SystemExit, match="holds no finished cache"):
         main([str(tmp_path), "--out", str(tmp_path / "o")])
-    with pytest.raises(SystemExit, match="must be at least 1"):
-        main([str(tmp_path), "--out", str(tmp_path / "o"), "--steps", "0"])
 
 
 def test_every_setting_is_an_option_of_the_command(capsys):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from minqwen.run import Run, read_state
+from minqwen.run import Run, digest, locked, read_state
 
 FIELDS = ("step", "loss", "right")
 
@@ -91,6 +91,49 @@ def test_time_goes_on_from_where_it_stopped(tmp_path):
     run.save()
     again, _ = a_run(tmp_path)
     assert again.resume() and 1000 <= again.elapsed() < 1060
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"step": "x"}, {"step": None}, {"seconds": None}, {"rows": None}, {"rows": 3}, {"rows": [1]}, {"settings": [1]}],
+    ids=str,
+)
+def test_a_state_with_contents_of_a_wrong_type_is_refused_in_a_sentence(tmp_path, other):
+    run, _ = a_run(tmp_path)
+    run.save()
+    saved = torch.load(run.state, weights_only=True)
+    torch.save(saved | {"run": json.dumps(json.loads(saved["run"]) | other)}, run.state)
+    with pytest.raises(ValueError, match="state.pt is damaged, or not the state of a training run"):
+        run.resume()
+
+
+@pytest.mark.parametrize("part", ["net", "optimizer"])
+@pytest.mark.parametrize("state", [None, 3, [1], {}, {"state": 3, "param_groups": [{"params": [0, 1]}]}], ids=str)
+def test_parts_of_a_wrong_type_are_refused_in_a_sentence(tmp_path, part, state):
+    run, _ = a_run(tmp_path)
+    run.save()
+    saved = torch.load(run.state, weights_only=True)
+    torch.save(saved | {"parts": saved["parts"] | {part: state}}, run.state)
+    with pytest.raises(ValueError, match="state.pt is of a run that trained another model"):
+        run.resume()
+
+
+def test_words_and_tensors_have_a_digest_of_their_own():
+    parts = [
+        "a",
+        torch.ones(2),
+        torch.ones(2, dtype=torch.bfloat16),
+        torch.tensor(1.0),
+        torch.arange(6).reshape(2, 3).T,
+    ]
+    assert len({digest([part]) for part in parts}) == len(parts) and digest(parts) == digest(iter(parts))
+    assert digest([torch.arange(8)[::2]]) == digest([torch.tensor([0, 2, 4, 6])])
+
+
+def test_a_lock_makes_its_folder_and_is_taken_off(tmp_path):
+    for _ in range(2):
+        with locked(tmp_path / "a" / "b"):
+            assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_a_run_without_files_keeps_nothing(tmp_path):
