@@ -4,7 +4,7 @@
 
 A module is built on the meta device, where it costs nothing; its tensors are mapped from the files and assigned,
 strictly by name and shape. What a repository holds is downloaded, or read by byte ranges where only parts are wanted
-(hub.py). Here is also `whole_file`, by which minqwen writes every file that it reads again: all or nothing.
+(hub.py).
 The surprise: the number of shards differs between releases (9 or 5); only the index knows which file holds what.
 Pickled weights (.bin, .pt) are never opened: unpickling runs code. Tests: tests/test_checkpoint.py. Chapter 05.
 """
@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
-from minqwen.files import open_weights, read_json
+from minqwen.files import content_of, finder, open_weights, read_json
 from minqwen.hub import Repository
 from minqwen.quantize import FORMAT, insert_quantized_layers, keeps_dtype
 
@@ -39,7 +40,7 @@ class Checkpoint:
     """
 
     def __init__(self, source: str | os.PathLike, revision: str | None = None):
-        self.source = str(source)
+        self.source, self.prefix = str(source), ""
         self.folder = Path(source) if self.source and Path(source).is_dir() else None
         self.repository = None if self.folder else Repository(self.source, revision)
         remote = REPOSITORY.fullmatch(self.source) and not self.source.endswith((".safetensors", *PICKLED))
@@ -52,18 +53,25 @@ class Checkpoint:
         """Bytes read by ranges so far."""
         return 0 if self.repository is None else self.repository.fetched
 
-    def file(self, name: str) -> Path | None:
-        """A file of these weights on this disk, downloaded first if it is on the hub; None if there is none."""
-        if self.repository is not None:
-            return self.repository.download(name)
-        return self.folder / name if (self.folder / name).is_file() else None
+    def __str__(self) -> str:
+        return self.source
 
-    def folder_of(self, component: str, names: tuple[str, ...]) -> Path:
-        """The local folder of a component's small files (a tokenizer's, say); those that exist are fetched."""
-        found = [path for name in names if (path := self.file(f"{component}/{name}"))]
-        if not found:
-            raise FileNotFoundError(f"{self.source}: no {component}/ with any of {', '.join(names)}")
-        return found[0].parent
+    def within(self, component: str) -> "Checkpoint":
+        """The same from inside a component's folder: `file` takes names in it."""
+        inner = copy(self)
+        inner.source, inner.prefix = f"{self.source}/{component}", f"{self.prefix}{component}/"
+        return inner
+
+    def file(self, *names: str) -> Path | None:
+        """The first of these files that exists, on this disk; None if there is none.
+
+        On the hub, one that was downloaded before goes before the others, and then nothing is asked for.
+        """
+        names = [self.prefix + name for name in names]
+        if self.repository is None:
+            return finder(self.folder)(*names)
+        found = names[0] if len(names) == 1 else self.repository.first(names)
+        return found and self.repository.download(found)
 
     def config(self, name: str) -> dict:
         """A JSON file beside the weights. Raises FileNotFoundError, or ValueError if it is no JSON object."""
@@ -74,20 +82,26 @@ class Checkpoint:
                 hint = "python -m minqwen.shrink left it unfinished, run that again"
             raise FileNotFoundError(f"{self.source} has no {name}: {hint}")
         found = read_json(path)
-        if (written := (found.get("_shrunk") or {}).get("format", FORMAT)) != FORMAT:
-            raise ValueError(f"{self.source} is shrunk in format {written}, this minqwen reads format {FORMAT}")
+        with content_of(path):
+            if (written := (found.get("_shrunk") or {}).get("format", FORMAT)) != FORMAT:
+                raise ValueError(f"{self.source} is shrunk in format {written}, this minqwen reads format {FORMAT}")
         return found
 
     def weight_map(self, component: str) -> dict[str, str]:
         """Which file holds which tensor of a component: from its index, or else from the files' own headers."""
         files = self._files(component)
         if files[0].endswith(".index.json"):
-            named = self.config(files[0]).get("weight_map")
+            index = self.config(files[0])
+            named, meta = index.get("weight_map"), index.get("metadata")
             for file in named.values() if isinstance(named, dict) else [None]:
                 if not re.fullmatch(r"[^/\\:]+\.safetensors", str(file)):
                     index = f"{self.source}/{files[0]}"
                     raise ValueError(f"{index} points to {file!r}; only safetensors files beside it are opened")
-            return {name: f"{component}/{file}" for name, file in named.items()}
+            places = {name: f"{component}/{file}" for name, file in named.items()}
+            if self.repository is not None and isinstance(meta, dict) and isinstance(meta.get("total_size"), int):
+                size = f"{tqdm.format_sizeof(meta['total_size'], 'B')} in {len(set(named.values()))} files"
+                self.repository.sizes |= dict.fromkeys(places.values(), f" (of {size})")
+            return places
         places = {}
         for file in files:
             for name in self._shapes(file):
@@ -99,7 +113,7 @@ class Checkpoint:
         """A component's index, or else its files of weights; none that is hidden."""
         names = [f"{component}/{stem}.safetensors{end}" for end in (".index.json", "") for stem in STEMS]
         if self.repository is not None:
-            beside = self.repository.first(names)
+            beside = [found] if (found := self.repository.first(names)) else []
         else:
             beside = sorted(f"{component}/{path.name}" for path in (self.folder / component).glob("[!.]*"))
         if usual := [name for name in names if name in beside]:
@@ -145,9 +159,7 @@ class Checkpoint:
             self.repository.announce(f"{component}/{prefix}*", places)
         return self._read(places, by_ranges=bool(prefix))
 
-    def blocks(
-        self, component: str, without: Container[str] = ()
-    ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    def blocks(self, component: str, without: Container[str] = ()) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """A component one block at a time: (prefix, its tensors), first ("", what belongs to no block).
 
         A block is an entry of `transformer_blocks`, `layers` or `blocks`. From a folder it is mapped, from the
@@ -186,15 +198,15 @@ class Checkpoint:
         with open_weights(path) as weights:
             yield weights
 
-    def skeleton(
-        self, module_class: type[nn.Module], component: str
-    ) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    def skeleton(self, module_class: type[nn.Module], component: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         """A component without its weights, on the meta device and in evaluation mode, and its tensors as stored.
 
-        Names are those of the released files. Raises ValueError as `load` does: what is missing, unexpected, misshapen.
+        Names are those of the released files. Raises ValueError as `load` does: what is missing, unexpected, misshapen,
+        or of whole numbers without their scales.
         """
-        with torch.device("meta"):
-            module = module_class(**self.config(f"{component}/config.json")).eval()
+        config = self.config(f"{component}/config.json")
+        with content_of(f"{self.source}/{component}/config.json"), torch.device("meta"):
+            module = module_class(**config).eval()
         rename = getattr(module_class, "released_name", str)
         stored = {rename(name): tensor for name, tensor in self.tensors(component).items() if rename(name)}
         insert_quantized_layers(module, stored)
@@ -223,6 +235,16 @@ def assign(module: nn.Module, tensors: dict[str, torch.Tensor], where: str = "th
     except RuntimeError as error:
         told = "\n".join(line[:600] for line in str(error).splitlines()[:12])  # of 1,933 tensors the first will do
         raise ValueError(f"{where} do not fit {type(module).__name__}: {told}") from None
+
+
+def choose_device(device: torch.device | str | None = None) -> torch.device:
+    """A device that is there: the one asked for, by default CUDA, else MPS, else the CPU. Raises ValueError."""
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    try:
+        torch.zeros(1, device=device or there[0]).item()
+        return torch.device(device or there[0])
+    except Exception:  # RuntimeError, AssertionError or NotImplementedError, as PyTorch was built
+        raise ValueError(f"there is no device {str(device)!r} here: expected {' or '.join(there)}") from None
 
 
 def refuse_uncomputed(config: dict, computed: dict, where: str) -> None:

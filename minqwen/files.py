@@ -1,6 +1,7 @@
 """Files, opened and written in one place: whoever reads a damaged one is told its path and what is wrong with it.
 
     read_json(path)  ->  the object in a small file          open_weights(path)  ->  a safetensors file, mapped
+    finder(folder)(name, ...)  ->  the first of these files  content_of(path): what is wrong in it names it
     whole_file(path), write_json(path, content)              written all or nothing
 
 The surprise: a pointer of Git LFS, an error page and a file that was cut off all carry the name of what they are not,
@@ -8,16 +9,42 @@ and the libraries below say "expected value at line 1 column 1". Tests: tests/te
 """
 
 import json
+import math
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from numbers import Real
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 HELD_OPEN = (0.1, 0.2, 0.4, 0.8)  # seconds before each new attempt to replace a file
+
+
+def finder(folder) -> Callable[..., Path | None]:
+    """find(name, ...): the first of these files, None if there is none. folder: a path, or Checkpoint.within(...)."""
+    if hasattr(folder, "file"):
+        return folder.file
+    return lambda *names: next((path for name in names if (path := Path(folder) / name).is_file()), None)
+
+
+@contextmanager
+def content_of(path: str | os.PathLike) -> Iterator[None]:
+    """Whatever the content of a small file leads to inside becomes a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:  # libraries below raise nearly everything
+        reason = error if isinstance(error, ValueError) else f"something in it has a wrong type or size ({error})"
+        raise ValueError(reason if str(path) in str(reason) else f"{path}: {reason}") from None
+
+
+def expect_numbers(**given: float) -> None:
+    """Raise ValueError that names what is no finite number."""
+    for name, value in given.items():
+        if isinstance(value, bool) or not (isinstance(value, Real) and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
 def read_json(path: Path) -> dict:

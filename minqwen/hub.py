@@ -11,7 +11,7 @@ which bytes they are, and is looked at before the first of them is read. Tests: 
 import json
 import math
 import time
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,18 +22,22 @@ from huggingface_hub.utils import build_hf_headers, get_session
 from tqdm import tqdm
 
 WAITS = (1, 2, 4)  # seconds before each new attempt to read a range
+PATIENCE = 4  # seconds until a hub from which nothing comes at all counts as away
 TRY_AGAIN = (None, 429, 500, 502, 503, 504)  # None: no answer
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I8": torch.int8, "U8": torch.uint8}  # fmt: skip
 
 
 class Repository:
-    """A repository "owner/name" of the hub; its files go by their paths in it. fetched: bytes read by ranges so far."""
+    """A repository "owner/name" of the hub; its files go by their paths in it. fetched: bytes read by ranges so far.
+
+    What lies in the cache is taken as it is, and the hub is not asked whether there is a newer one.
+    """
 
     def __init__(self, name: str, revision: str | None = None):
         self.name, self.revision = name, revision
-        self.fetched = 0
-        self.tables = {}
+        self.fetched, self.reached = 0, False
+        self.tables, self.sizes = {}, {}  # of files: what their headers hold; how large they are, in words, if known
 
     def cached(self, file: str) -> bool:
         """Whether a file is on this disk already."""
@@ -45,10 +49,9 @@ class Repository:
         Raises ConnectionError if the hub cannot be reached, FileNotFoundError if it does not give the repository.
         """
         cached = try_to_load_from_cache(self.name, file, revision=self.revision)
-        if cached is _CACHED_NO_EXIST:
-            return None
-        if cached is not None and file.endswith(".safetensors"):  # asking the hub again for each shard takes long
-            return Path(cached)
+        if cached is not None:
+            return None if cached is _CACHED_NO_EXIST else Path(cached)
+        self._reach(file)
         try:
             return Path(hf_hub_download(self.name, file, revision=self.revision))
         except RemoteEntryNotFoundError:
@@ -56,12 +59,29 @@ class Repository:
         except HfHubHTTPError as error:
             raise FileNotFoundError(f"cannot read {self.name} on the hub: {error}") from None
         except (LocalEntryNotFoundError, NetworkError, RuntimeError) as error:  # the last is hf_xet's, which downloads
-            raise ConnectionError(f"cannot download {file} of {self.name}: {error}; run it again to go on") from None
+            hint = "run it again to go on, or name a folder that holds all files"
+            raise ConnectionError(f"cannot download {file} of {self.name}: {error}; {hint}") from None
 
-    def first(self, files: list[str]) -> list[str]:
+    def first(self, files: list[str]) -> str | None:
         """The first of these files that exists; what is on this disk goes before what must be asked for."""
-        found = chain(filter(self.cached, files), filter(self._exists, files))  # lazily: asks no more than it must
-        return list(islice(found, 1))
+        absent = [f for f in files if try_to_load_from_cache(self.name, f, revision=self.revision) is None]
+        if len(absent) > 1 and not any(map(self.cached, files)):
+            self._reach(" or ".join(absent))
+        return next(chain(filter(self.cached, files), filter(self._exists, absent)), None)  # asks no more than it must
+
+    def _reach(self, file: str) -> None:
+        """Ask once, and not for long, whether a hub is there: new attempts are for one that stumbles."""
+        if self.reached:
+            return
+        url = hf_hub_url(self.name, file.split(" ")[0], revision=self.revision)
+        try:
+            get_session().head(url, headers=build_hf_headers(), timeout=PATIENCE)
+        except (NetworkError, ConnectionError) as error:
+            if isinstance(error, ConnectionError) or type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+                missing = f"{file} of {self.name}{self.sizes.get(file, '')}, which is not in the cache"
+                hint = f"({error}); run it again with a network, or name a folder that holds all files"
+                raise ConnectionError(f"cannot download {missing}: the hub is away {hint}") from None
+        self.reached = True
 
     def _exists(self, file: str) -> bool:
         if not file.endswith(".safetensors"):
@@ -112,6 +132,7 @@ class Repository:
     # the whole file where ranges are ignored, and asks three questions more.
     def fetch(self, file: str, start: int, stop: int) -> bytes:
         """Bytes start to stop of a file. Raises FileNotFoundError, or ConnectionError after some attempts."""
+        self._reach(file)
         url = hf_hub_url(self.name, file, revision=self.revision)
         for wait in (*WAITS, None):
             try:

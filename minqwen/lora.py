@@ -9,6 +9,7 @@ Matches peft and diffusers' load_lora_weights (tests/test_lora.py). Chapter 10.
 """
 
 import json
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -167,6 +168,8 @@ def load_lora(model: nn.Module, file: str | os.PathLike | dict[str, torch.Tensor
 
 
 def _attach(model: nn.Module, name: str, rank: int, scale: float) -> LoRALinear:
+    if not math.isfinite(scale):
+        raise ValueError(f"{name}: its scale would be {scale}, expected a finite number")
     base = model.get_submodule(name)
     device = base.weight.device
     if device.type == "meta":  # its weights stream: they come to where the others are

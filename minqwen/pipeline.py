@@ -19,7 +19,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from minqwen.checkpoint import Checkpoint
+from minqwen.checkpoint import Checkpoint, choose_device
+from minqwen.files import content_of, expect_numbers
 from minqwen.images import (
     calculate_dimensions,
     image_to_pixels,
@@ -30,7 +31,7 @@ from minqwen.images import (
     unpack_latents,
 )
 from minqwen.memory import Shell, Turns, default_dtype, hold
-from minqwen.prompt import EDIT, EDIT_PLUS, T2I, Prompt, drop_prefix, pad_prompts, tokenize_prompts
+from minqwen.prompt import EDIT, EDIT_PLUS, T2I, Prompt, check_prompts, drop_prefix, pad_prompts, tokenize_prompts
 from minqwen.sampling import Callback, Velocity, denoise, get_sigmas, guide
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder
 from minqwen.tokenizer import load_tokenizer
@@ -45,13 +46,8 @@ TILE = 1024  # pixels a side of a tile
 GUIDE_TOGETHER = 1024  # up to so many image tokens both prompts share one forward pass: fewer, fuller operations
 LOOK_AT_EVERY_STEP = ("cpu",)  # where a look at a number waits for nothing; a GPU's numbers are looked at in the end
 FAMILIES = {"QwenImagePipeline": None, "QwenImageEditPipeline": EDIT, "QwenImageEditPlusPipeline": EDIT_PLUS}
-PARTS = {  # what holds weights
-    "transformer": QwenImageTransformer2DModel,
-    "vae": AutoencoderKLQwenImage,
-    "text_encoder": Qwen2_5_VLTextEncoder,
-}
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json", "tokenizer.json")
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# what holds weights
+PARTS = dict(transformer=QwenImageTransformer2DModel, vae=AutoencoderKLQwenImage, text_encoder=Qwen2_5_VLTextEncoder)
 
 Images = Image.Image | str | os.PathLike | list
 
@@ -97,11 +93,11 @@ class QwenImagePipeline:
             a model of the released size, bfloat16 if the CPU is faster in it).
         without: parts that stay where they are and become None: "transformer", "vae", "text_encoder".
         memory: "resident", "turns" or "stream" (see memory.py), a budget in GiB, or "auto": the first that fits.
-        Raises FileNotFoundError where something is missing and ValueError for other families of models, weights
-        that do not fit, and float16, in which the released model overflows.
+        Raises FileNotFoundError where something is missing, ConnectionError where it should come from a hub that is
+        away, and ValueError for other families of models, damaged files, weights that do not fit, a device that is not
+        there, and float16, in which the released model overflows.
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = choose_device(device)
         if dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"dtype {dtype}: use bfloat16 or float32; the released model overflows in float16")
         without = {without} if isinstance(without, str) else set(without)
@@ -109,14 +105,18 @@ class QwenImagePipeline:
             raise ValueError(f"without {sorted(unknown)}: only {', '.join(PARTS)} can be left out")
         checkpoint, parts = Checkpoint(path_or_repo), [name for name in PARTS if name not in without]
         index = checkpoint.config("model_index.json")
-        if (family := index.get("_class_name")) not in FAMILIES:
-            raise ValueError(f"{checkpoint.source} is made for {family}; minqwen computes {', '.join(FAMILIES)}")
-        tokenizer = load_tokenizer(checkpoint.folder_of("tokenizer", TOKENIZER_FILES))
-        settings = load_image_settings(checkpoint.folder_of("processor", PROCESSOR_FILES)) if FAMILIES[family] else {}
-        dtype = dtype or default_dtype(torch.device(device), checkpoint, parts)
-        shells = {name: Shell(checkpoint, PARTS[name], name, device, dtype) for name in parts}
-        schedule = checkpoint.config("scheduler/scheduler_config.json")
         area, scale = index.get("_area", AREA), index.get("_true_cfg_scale", 4.0)  # only our tiny checkpoint has these
+        with content_of(f"{checkpoint}/model_index.json"):
+            if (family := str(index.get("_class_name"))) not in FAMILIES:
+                raise ValueError(f"{checkpoint} is made for {family}; minqwen computes {', '.join(FAMILIES)}")
+            expect_numbers(_true_cfg_scale=scale, _area=calculate_dimensions(area, 1.0)[0])
+        schedule = checkpoint.config("scheduler/scheduler_config.json")
+        with content_of(f"{checkpoint}/scheduler/scheduler_config.json"):
+            get_sigmas(2, 4096, **schedule)  # a schedule that is not computed here is refused before anything large
+        tokenizer = load_tokenizer(checkpoint.within("tokenizer"))
+        settings = load_image_settings(checkpoint.within("processor")) if FAMILIES[family] else {}
+        dtype = dtype or default_dtype(device, checkpoint, parts)
+        shells = {name: Shell(checkpoint, PARTS[name], name, device, dtype) for name in parts}
         pipe = cls(None, None, None, tokenizer, schedule, settings, FAMILIES[family], area, scale)
         hold(pipe, shells, area, memory)
         return pipe
@@ -170,7 +170,8 @@ class QwenImagePipeline:
             scale is at most 1 or the negative prompt is None.
         generator: source of the starting noise; latents: the noise itself, packed (1, tokens, 64).
         callback(step, sigma, latents, velocity) runs after each prediction, with the packed latents it was made on.
-        Raises ValueError for sizes or latents that do not fit, FloatingPointError when the numbers overflow.
+        Raises ValueError for prompts, numbers, sizes or latents that do not fit, TypeError for a prompt that is no
+        text, FloatingPointError when the numbers overflow.
         """
         walk = (num_inference_steps, generator, latents, callback, progress)
         return self._paint([], None, prompt, width, height, negative_prompt, true_cfg_scale, *walk)
@@ -209,20 +210,22 @@ class QwenImagePipeline:
         callback, progress,
     ) -> Image.Image:  # fmt: skip
         """What `generate` and `edit` share: encode, walk from noise to latents, decode."""
+        check_prompts(prompt=prompt, negative_prompt=" " if negative_prompt is None else negative_prompt)
         if vars(self).get("transformer", self.turns) is None:
             raise ValueError("this pipeline was opened without its transformer: it encodes, and draws nothing")
         working, conditions = self.resize_references(images, area)
         default = working[-1].size if working else calculate_dimensions(self.area, 1.0)
-        width = _multiple_of_16(width or default[0], "width")
-        height = _multiple_of_16(height or default[1], "height")
+        width = _multiple_of_16(default[0] if width is None else width, "width")
+        height = _multiple_of_16(default[1] if height is None else height, "height")
         h, w = height // 16, width // 16
         if latents is None:
             latents = starting_noise(h, w, generator)
-        elif latents.ndim != 3 or latents.shape[:2] != (1, h * w):
+        elif latents.shape != (1, h * w, 64):
             raise ValueError(f"latents must be packed noise of shape (1, {h * w}, 64), got {tuple(latents.shape)}")
         sigmas = get_sigmas(steps, h * w, **self.schedule)
 
         scale = self.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
+        expect_numbers(true_cfg_scale=scale)
         guided = scale > 1 and negative_prompt is not None
         texts = [prompt, negative_prompt] if guided else [prompt]
         prompts = [self.encode_prompt(text, conditions) for text in texts]
@@ -269,7 +272,7 @@ class QwenImagePipeline:
         References have the working size of `area` pixels. Edit-2509 and -2511 look at smaller copies, resized from
         the given pictures; the others look at the references.
         """
-        area = area or self.area
+        area = self.area if area is None else area
         references = [_resize_to(area, image) for image in images]
         if self.edit_template is not EDIT_PLUS:
             return references, references
@@ -284,7 +287,7 @@ class QwenImagePipeline:
         images: the pictures that a prompt speaks of, at the size at which the text encoder is to see them.
         max_sequence_length cuts prompts without images; a warning says by how much.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
+        prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
         template, pictures = T2I, None
         if images:
             images = images if isinstance(images, list | tuple) else [images]
@@ -346,8 +349,8 @@ def _resize_to(area: int, image: Image.Image) -> Image.Image:
 
 
 def _multiple_of_16(side: int, name: str) -> int:
-    if side < 16:
-        raise ValueError(f"{name} is {side} pixels; the smallest is 16")
+    if not (isinstance(side, int) and side >= 16):
+        raise ValueError(f"{name} is {side!r} pixels; expected a whole number, the smallest is 16")
     if side % 16:
         warnings.warn(f"{name} {side} is no multiple of 16, so the picture has {side // 16 * 16}", stacklevel=4)
     return side // 16 * 16

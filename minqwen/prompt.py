@@ -100,11 +100,24 @@ def tokenize_prompts(
     return TokenizedPrompts(ids, mask, torch.cat(patches), torch.tensor(grids), template.drop)
 
 
+def check_prompts(**prompts: str) -> None:
+    """Raise ValueError, or TypeError, that names what is no single prompt that can become tokens."""
+    for name, prompt in prompts.items():
+        if isinstance(prompt, list | tuple):
+            raise ValueError(f"{name}: one call makes one picture, got {len(prompt)} prompts: call once for each")
+        if not isinstance(prompt, str):
+            raise TypeError(f"{name} must be a text, got {type(prompt).__name__}")
+        if IMAGE_PAD in prompt:
+            raise ValueError(f"a {name} holds {IMAGE_PAD}, which stands for an image: take it out")
+        if halves := [letter for letter in prompt if "\ud800" <= letter <= "\udfff"]:
+            raise ValueError(f"a {name} holds half a character, {halves[0]!r}: was it cut in the middle of an emoji?")
+
+
 def _check(prompts: list, images: list[list], template: Template, max_sequence_length: int) -> None:
     if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"prompts must be a list of strings, at least one, got {prompts!r}")
-    if any(IMAGE_PAD in prompt for prompt in prompts):
-        raise ValueError(f"a prompt holds {IMAGE_PAD}, which stands for an image: take it out")
+    for prompt in prompts:
+        check_prompts(prompt=prompt)
     if len(images) != len(prompts):
         raise ValueError(f"expected a list of images for each of {len(prompts)} prompts, got {len(images)}")
     for each in images:

@@ -14,9 +14,12 @@ Matches diffusers' FlowMatchEulerDiscreteScheduler and QwenImagePipeline (tests/
 import math
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
+
+from minqwen.files import expect_numbers
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 Velocity = Callable[[torch.Tensor, float], torch.Tensor]  # latents, sigma -> noise minus picture
@@ -33,8 +36,11 @@ def get_sigmas(
     One step goes straight from 1 to 0; there the terminal stretch would divide 0 by 0, as it does in diffusers.
     Raises ValueError for fewer than one step and for schedules that are not computed here.
     """
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+    if not (isinstance(num_inference_steps, Integral) and num_inference_steps >= 1):
+        raise ValueError(f"num_inference_steps must be a whole number, at least 1, got {num_inference_steps!r}")
+    expect_numbers(shift_terminal=shift_terminal or 0)
+    if not 0 <= (shift_terminal or 0) < 1:
+        raise ValueError(f"shift_terminal is a noise level below 1, got {shift_terminal}")
     sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps, dtype=torch.float64)
     sigmas = time_shift(sigmas, resolution_shift(image_seq_len, **schedule))
     if shift_terminal and num_inference_steps > 1:
@@ -64,10 +70,13 @@ def resolution_shift(
     if others.get("_class_name", SCHEDULER) != SCHEDULER:
         raise ValueError(f"the scheduler is a {others['_class_name']}; minqwen computes {SCHEDULER} only")
     on = [key for key, value in others.items() if value and not key.startswith("_")]  # a switch that is off is fine
-    if on or time_shift_type != "exponential":
-        raise ValueError(f"scheduler config not computed here: {on or time_shift_type}")
+    if on or time_shift_type != "exponential" or not isinstance(use_dynamic_shifting, bool):
+        raise ValueError(f"scheduler config not computed here: {on or (time_shift_type, use_dynamic_shifting)}")
     if not use_dynamic_shifting:
+        expect_numbers(shift=shift)
         return shift
+    ends = {"base_image_seq_len": base_image_seq_len, "max_image_seq_len": max_image_seq_len}
+    expect_numbers(base_shift=base_shift, max_shift=max_shift, **ends)
     length = max_image_seq_len - base_image_seq_len
     slope = (max_shift - base_shift) / length if length else 0.0
     return math.exp(base_shift + slope * (image_seq_len - base_image_seq_len))

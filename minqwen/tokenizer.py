@@ -10,12 +10,16 @@ Matches transformers' Qwen2Tokenizer (tests/test_tokenizer.py). Chapter 07.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from minqwen.files import content_of, finder, read_json
+
 PAD = "<|endoftext|>"
 IMAGE_PAD = "<|image_pad|>"
+LISTS = ("tokenizer_config.json", "tokenizer.json", "added_tokens.json")  # where added tokens may stand
 NEEDED = (PAD, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", IMAGE_PAD)
 
 # Bytes merge only inside these: English endings, words, single digits, punctuation, line ends, spaces.
@@ -25,32 +29,34 @@ WORDS = (
 )
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in `folder`, in one of two forms.
+def load_tokenizer(folder) -> Tokenizer:
+    """The tokenizer in `folder` (a path, or Checkpoint.within), in one of two forms.
 
     As released: vocab.json and merges.txt, with the added tokens (`<|im_start|>` ...) and their ids listed in
     tokenizer_config.json or added_tokens.json. Or else tokenizer.json, which transformers 5 saves alone.
-    Raises FileNotFoundError when neither form is there, ValueError when added tokens are missing or disagree.
+    Raises FileNotFoundError when neither form is there, ValueError for a damaged file and when files disagree.
     """
-    folder = Path(folder)
-    vocab, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
-    added = _added_tokens(folder)
-    if added and vocab.is_file() and merges.is_file():
-        tokenizer = _byte_level_bpe(vocab, merges, added)
-    elif whole.is_file():
-        tokenizer = Tokenizer.from_file(str(whole))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-    else:
+    find = finder(folder)
+    added = _added_tokens(find)
+    vocab = find("vocab.json", "tokenizer.json") if added else find("tokenizer.json")
+    merges = find("merges.txt", "tokenizer.json") if vocab and vocab.name == "vocab.json" else vocab
+    if merges is None:
         released = "vocab.json and merges.txt, the added tokens listed in tokenizer_config.json or added_tokens.json"
         raise FileNotFoundError(f"no tokenizer in {folder}: expected {released}; or else tokenizer.json")
+    if merges.name == "merges.txt":
+        tokenizer = _byte_level_bpe(vocab, merges, added)
+    else:
+        with content_of(merges):
+            tokenizer = Tokenizer.from_str(json.dumps(read_json(merges)))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     if missing := [token for token in NEEDED if tokenizer.token_to_id(token) is None]:
         raise ValueError(f"the tokenizer in {folder} does not list {missing}")
     return tokenizer
 
 
 def _byte_level_bpe(vocab: Path, merges: Path, added: dict[int, AddedToken]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    tokenizer = Tokenizer(_bpe(vocab, merges, {token.content for token in added.values()}))
     tokenizer.normalizer = normalizers.NFC()  # e + combining accent becomes é, as in the training text
     split = pre_tokenizers.Split(Regex(WORDS), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -64,13 +70,28 @@ def _byte_level_bpe(vocab: Path, merges: Path, added: dict[int, AddedToken]) -> 
     return tokenizer
 
 
-def _added_tokens(folder: Path) -> dict[int, AddedToken]:
-    """id -> token, from the first file that lists them."""
-    if listed := _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder"):
-        return {int(id): AddedToken(**token) for id, token in listed.items()}
-    listed = _read_json(folder / "added_tokens.json")
-    return {id: AddedToken(content, special=True) for content, id in listed.items()}
+def _bpe(vocab: Path, merges: Path, added: set[str]) -> models.BPE:
+    """The pieces are 256 bytes and what each merge makes, no more and no fewer: so a file that was cut off is found."""
+    pieces = read_json(vocab)
+    with content_of(f"{vocab} with {merges}"):
+        lines = merges.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        pairs = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+        made = {"".join(pair) for pair in pairs} | set(pre_tokenizers.ByteLevel.alphabet())
+        odd = sorted((pieces.keys() - (added - made)) ^ made)
+        if odd or sorted(pieces.values()) != list(range(len(pieces))):
+            what = f"{len(odd)} pieces stand in one of them only: {str(odd[:3])[:200]}" if odd else "ids come twice"
+            raise ValueError(f"one is damaged, or they do not belong together ({what}): fetch both again")
+        return models.BPE(pieces, pairs)
 
 
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _added_tokens(find: Callable[..., Path | None]) -> dict[int, AddedToken]:
+    """id -> token, from the first file that lists them; none where tokenizer.json comes first."""
+    path = find(*LISTS)
+    if path and path.name == LISTS[0]:
+        if listed := read_json(path).get("added_tokens_decoder"):
+            with content_of(path):
+                return {int(id): AddedToken(**token) for id, token in listed.items()}
+        path = find(*LISTS[1:])
+    listed = read_json(path) if path and path.name == LISTS[2] else {}
+    with content_of(path):
+        return {int(id): AddedToken(content, special=True) for content, id in listed.items()}

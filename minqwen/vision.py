@@ -14,7 +14,6 @@ Chapter 07.
 import inspect
 import math
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,11 +23,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from minqwen.checkpoint import refuse_uncomputed
-from minqwen.files import read_json
+from minqwen.files import content_of, finder, read_json
 
 torch.zeros(1, device="cpu").cos()  # by one thread first: rope.py says why
 
 PREPROCESSING = {"resample": 3, "do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
+MOST = {"patch_size": 64, "merge_size": 64, "temporal_patch_size": 64, "min_pixels": 2**28}  # that a config may ask for
 Runs = list[tuple[int, int]]  # consecutive groups of equal length: (how many, tokens in each)
 
 
@@ -83,22 +83,32 @@ def image_patches(
     return torch.from_numpy(rows), (1, h // patch_size, w // patch_size)
 
 
-def load_image_settings(folder: str | Path) -> dict:
-    """Keywords for `image_patches`, from preprocessor_config.json in `processor/` or transformers 5's
-    processor_config.json; what neither says has the released value.
+def load_image_settings(folder) -> dict:
+    """Keywords for `image_patches`, from preprocessor_config.json in `processor/` or else transformers 5's
+    processor_config.json; what it does not say has the released value. folder: a path, or Checkpoint.within.
 
-    Raises ValueError for a step that is not computed here and for a file that is no JSON.
+    Raises FileNotFoundError for a folder without either, ValueError for a damaged file, for numbers that are none and
+    for a step that is not computed here.
     """
-    folder, config = Path(folder), {}
-    for name in ("processor_config.json", "preprocessor_config.json"):  # of two the second counts
-        if (folder / name).is_file():
-            config = read_json(folder / name)
-    config = {key: value for key, value in config.get("image_processor", config).items() if value is not None}
-    refuse_uncomputed(config, PREPROCESSING, folder)
-    size = config.get("size", {})
-    found = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")} | config
-    known = inspect.signature(image_patches).parameters
-    return {key: found[key] for key in known if found.get(key) is not None}
+    path = finder(folder)("preprocessor_config.json", "processor_config.json")
+    if path is None:
+        raise FileNotFoundError(f"{folder} has neither preprocessor_config.json nor processor_config.json")
+    config = read_json(path)
+    with content_of(path):
+        config = {key: value for key, value in config.get("image_processor", config).items() if value is not None}
+        refuse_uncomputed(config, PREPROCESSING, path)
+        size = config.get("size", {})
+        found = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")} | config
+        known = inspect.signature(image_patches).parameters
+        settings = {key: found[key] for key in known if found.get(key) is not None}
+        for key, value in settings.items():
+            kinds, numbers = ((int, float), value) if key.startswith("image_") else ((int,), [value] * 3)
+            good = [type(n) in kinds and 0 <= n <= MOST.get(key, 1e12) for n in numbers]
+            if good != [True] * 3 or (0 in numbers and key != "image_mean"):
+                raise ValueError(f"{key} is {value!r}")
+        if settings.get("min_pixels", 1) > settings.get("max_pixels", math.inf):
+            raise ValueError(f"min_pixels {settings['min_pixels']} is more than max_pixels {settings['max_pixels']}")
+    return settings
 
 
 class RMSNorm(nn.Module):

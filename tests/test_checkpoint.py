@@ -19,7 +19,7 @@ from released import BLOCK, CONFIG, STEM, edit_header, edit_index, same
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minqwen.checkpoint import Checkpoint
+from minqwen.checkpoint import Checkpoint, choose_device
 from minqwen.files import whole_file
 from minqwen.transformer import QwenImageTransformer2DModel
 from minqwen.vae import AutoencoderKLQwenImage
@@ -220,8 +220,8 @@ def test_a_component_that_is_missing(written):
         Checkpoint(written[0]).load(QwenImageTransformer2DModel, "text_encoder")
     with pytest.raises(FileNotFoundError, match="no safetensors weights in text_encoder/"):
         Checkpoint(written[0]).tensors("text_encoder")
-    with pytest.raises(FileNotFoundError, match="no tokenizer/ with any of vocab.json, merges.txt"):
-        Checkpoint(written[0]).folder_of("tokenizer", ("vocab.json", "merges.txt"))
+    assert Checkpoint(written[0]).within("tokenizer").file("vocab.json", "merges.txt") is None
+    assert Checkpoint(written[0]).within("vae").file("a.json", "config.json") == written[0] / "vae" / "config.json"
 
 
 def test_a_shard_that_is_missing(sharded):
@@ -324,6 +324,31 @@ def test_a_config_that_is_no_json_object(single, text):
     (single / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match="config.json.*JSON"):
         load(single)
+
+
+@pytest.mark.parametrize("change", [{"num_layers": "two"}, {"axes_dims_rope": 5}, {"attention_head_dim": None}])
+def test_a_config_whose_values_cannot_be_used_is_named(single, change):
+    config = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=re.escape(f"{single}/config.json: ")):
+        load(single)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])
+def test_whole_numbers_without_scales_are_refused(single, dtype):
+    edit_tensors(
+        single / STEM, lambda tensors: tensors.update({"proj_out.weight": tensors["proj_out.weight"].to(dtype)})
+    )
+    with pytest.raises(ValueError, match="proj_out.weight"):
+        load(single)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "gpu", 5])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=f"there is no device '{device}' here: expected .*cpu"):
+        choose_device(device)
+    assert choose_device("cpu") == torch.device("cpu") and choose_device()
 
 
 def test_a_source_that_is_neither_folder_nor_repository(single):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from minqwen.files import open_weights, read_json, write_json
+from minqwen.files import content_of, expect_numbers, open_weights, read_json, write_json
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
 PAGE = b"<!DOCTYPE html><title>404</title>"
@@ -45,3 +45,18 @@ def test_a_tensor_that_is_not_there_and_a_file_that_is_not_there(tmp_path):
             weights.get_tensor("b")
     with pytest.raises(FileNotFoundError, match="no such file: .*gone"), open_weights(tmp_path / "gone"):
         pass
+
+
+def test_what_a_small_file_leads_to_names_it():
+    for error in (KeyError("a"), TypeError("a"), ValueError("a"), OverflowError("a"), RuntimeError("a")):
+        with pytest.raises(ValueError, match="^some/config.json: .*a"), content_of("some/config.json"):
+            raise error
+    with pytest.raises(ValueError, match="^config.json is odd$"), content_of("config.json"):
+        raise ValueError("config.json is odd")  # it is named already
+
+
+@pytest.mark.parametrize("value", [None, True, "1", [1], float("nan"), float("inf"), 1j])
+def test_what_is_no_number_is_named(value):
+    expect_numbers(a=1, b=0.5)
+    with pytest.raises(ValueError, match="b must be a finite number"):
+        expect_numbers(a=1, b=value)

@@ -5,22 +5,27 @@ The hub is a small server on this machine, which counts the bytes that it sends.
 
 import json
 import re
+import shutil
+import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from hub import ask_only, serving
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils import close_session
 from released import BLOCK, CONFIG, STEM, edit_header, same, small_transformer, write_sharded
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import minqwen.hub
 from minqwen.checkpoint import Checkpoint
 from minqwen.hub import Repository
+from minqwen.pipeline import QwenImagePipeline
 from minqwen.transformer import QwenImageTransformer2DModel
 
+TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
 VAE = {"encoder.conv_in.weight": torch.arange(2000.0), "decoder.conv_out.bias": torch.arange(5).half()}
 
 
@@ -214,12 +219,68 @@ def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     hub.stop()
     with pytest.raises(ConnectionError, match="transformer/config.json of owner/name"):
         Checkpoint("owner/name").load(QwenImageTransformer2DModel, "transformer")
-    with pytest.raises(ConnectionError, match=f"cannot read http://.*{STEM}, bytes 0 to 8: ConnectError"):
+    with pytest.raises(ConnectionError, match=f"vae/{STEM} of owner/name, which is not in the cache: the hub is away"):
         Repository("owner/name").table(f"vae/{STEM}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     close_session()  # the session of before does not know
     with pytest.raises(ConnectionError, match="offline"):
         Repository("owner/name").table(f"vae/{STEM}")
+
+
+@pytest.fixture
+def whole(hub, tmp_path):
+    """data/tiny as released: no tokenizer.json, no index for what is in one file; the transformer in two."""
+    folder = tmp_path / "whole"
+    shutil.copytree(
+        TINY, folder, ignore=shutil.ignore_patterns("tokenizer.json", "added_tokens.json", "*.csv", "*.png")
+    )
+    tensors = load_file(folder / "transformer" / STEM)
+    shutil.rmtree(folder / "transformer")
+    write_sharded(tensors, folder / "transformer")
+    shutil.copy(TINY / "transformer" / "config.json", folder / "transformer")
+    index = folder / "transformer" / f"{STEM}.index.json"
+    size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"metadata": size}))
+    hub.folder = folder
+    return hub
+
+
+def opened(name="owner/name"):
+    return QwenImagePipeline.from_pretrained(name, device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offline", [False, True], ids=["no network", "HF_HUB_OFFLINE"])
+@pytest.mark.parametrize("by", ["hf download", "minqwen"])
+def test_a_whole_repository_in_the_cache_opens_without_the_hub(whole, by, offline, monkeypatch):
+    if by == "minqwen":
+        opened()
+    else:
+        for path in whole.folder.rglob("*.*"):
+            hf_hub_download("owner/name", path.relative_to(whole.folder).as_posix())
+    whole.requests.clear()
+    opened()
+    assert whole.requests == []
+    whole.stop()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    opened()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offline", [False, True], ids=["no network", "HF_HUB_OFFLINE"])
+@pytest.mark.parametrize("name", ["vae/config.json", f"vae/{STEM}", "tokenizer/merges.txt", "a shard"])
+def test_what_is_missing_without_the_hub_is_named_at_once(whole, tmp_path, name, offline, monkeypatch):
+    opened()
+    (snapshot,) = (tmp_path / "cache").glob("*/snapshots/*")
+    name = f"transformer/{max((snapshot / 'transformer').glob('*.safetensors')).name}" if name == "a shard" else name
+    (snapshot / name).unlink()
+    whole.stop()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    started = time.monotonic()
+    with pytest.raises(ConnectionError, match=f"{name}.* of owner/name.*name a folder that holds all files") as error:
+        opened()
+    assert time.monotonic() - started < 5
+    assert ("MB in " in str(error.value)) == name.startswith("transformer")  # of which an index tells the size
 
 
 def test_what_the_hub_does_not_have(hub):

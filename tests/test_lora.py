@@ -234,6 +234,76 @@ def test_a_lora_paints_the_same_picture_in_diffusers(rng, tmp_path, monkeypatch,
 # ----------------------------------------------------------------------------------------------------- errors
 
 
+Q = "transformer_blocks.0.attn.to_q"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"alpha_pattern": {"to_.": 5}},
+        {"alpha_pattern": {"to_q|to_k": 5, "to_v": 2}, "use_rslora": True},
+        {"alpha_pattern": {r"transformer_blocks\.0\..*": 3, "^transformer_blocks.1.*": 4}},
+        {"rank_pattern": {"blocks.[1-9].attn.to_k": 3}, "alpha_pattern": {"o_q": 9, "attn": 9}},
+    ],
+)
+def test_patterns_are_regular_expressions_as_in_peft(pair, tmp_path, patterns):
+    reference, model, _ = pair
+    options = {"r": 2, "lora_alpha": 7, "target_modules": ["to_q", "to_k", "to_v"]} | patterns
+    lora = get_peft_model(reference, LoraConfig(**options))
+    lora.save_pretrained(tmp_path)
+    scales = {name: m.scaling["default"] for name, m in lora.named_modules() if hasattr(m, "scaling")}
+    report = load_lora(model, tmp_path / "adapter_model.safetensors")
+    assert {f"base_model.model.{name}": scale for name, scale in report.matched.items()} == pytest.approx(scales)
+
+
+@pytest.mark.parametrize("place", ["adapter_config.json", "a.safetensors"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "null", '{"r": 2}', '{"r": 2, "lora_alpha": null}', '{"r": 2, "lora_alpha": "8"}',
+        '{"r": 2, "lora_alpha": NaN}', '{"r": 3, "lora_alpha": 8}', '{"lora_alpha": 8, "rank_pattern": {"to_q": 9}}',
+        '{"lora_alpha": 8, "alpha_pattern": {"to_q": null}}', '{"lora_alpha": 8, "alpha_pattern": {"(": 1}}',
+        '{"lora_alpha": 8, "alpha_pattern": ["to_q"]}', '{"lora_alpha": 8, "use_rslora": "no"}',
+        '{"lora_alpha": 8, "peft_type": "ADALORA"}',
+    ],
+)  # fmt: skip
+def test_settings_that_say_no_scale_name_their_file(pair, tmp_path, text, place):
+    _, model, _ = pair
+    path, width = tmp_path / "a.safetensors", model.get_submodule(Q).in_features
+    tensors = {f"{Q}.lora_A.weight": torch.ones(2, width), f"{Q}.lora_B.weight": torch.ones(width, 2)}
+    save_file(tensors, path, metadata=None if place != path.name else {"lora_adapter_metadata": text})
+    if place != path.name:
+        (tmp_path / place).write_text(text)
+    with pytest.raises(ValueError, match=place):
+        load_lora(model, path)
+    assert not adapters(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a, b: {f"{Q}.lora_A.weight": a / 0}, f"{Q}: down .*not finite"),
+        (lambda a, b: {f"{Q}.lora_B.weight": (b * float("nan")).bfloat16()}, f"{Q}: up .*not finite"),
+        (lambda a, b: {f"{Q}.alpha": torch.tensor(float("inf"))}, f"{Q}: alpha .*not finite"),
+        (lambda a, b: {f"{Q}.lora_A.weight": a.to(torch.int8)}, f"{Q}: down .*whole ones"),
+        (lambda a, b: {f"{Q}.lora_A.weight": a[:0], f"{Q}.lora_B.weight": b[:, :0]}, f"{Q}: .* do not fit"),
+        (lambda a, b: {f"{Q}.alpha": torch.ones(2)}, f"{Q}: alpha .*more than one alpha"),
+        (lambda a, b: {f"transformer.{Q}.lora_A.weight": a}, f"{Q} comes twice in this file"),
+        (lambda a, b: {f"lora_unet_{Q.replace('.', '_')}.lora_up.weight": b}, f"{Q} comes twice in this file"),
+    ],
+)
+def test_numbers_that_make_no_adapter_name_their_layer(pair, change, words):
+    _, model, _ = pair
+    width = model.get_submodule(Q).in_features
+    a, b = torch.ones(2, width), torch.ones(width, 2)
+    with pytest.raises(ValueError, match=words):
+        load_lora(model, {f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b} | change(a, b))
+    with pytest.raises(ValueError, match=f"{Q}: its scale would be nan"):
+        load_lora(model, {f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b}, scale=float("nan"))
+    assert not adapters(model)
+
+
 def test_keys_that_fit_nothing_are_named(pair, rng):
     reference, model, _ = pair
     tensors = in_layout(random_adapters(model, rng), "diffusers")

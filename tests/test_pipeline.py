@@ -226,6 +226,42 @@ def test_bad_options_are_refused(pipe, options, message):
         pipe.generate("a star", progress=False, **options)
 
 
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("width", (0, -16, 64.5, "64")),
+        ("num_inference_steps", (2.5, None)),
+        ("true_cfg_scale", (float("nan"), "4")),
+        ("area", (0, float("nan"))),
+        ("latents", (torch.zeros(1, 16, 63), torch.zeros(16, 64))),
+        ("prompt", (["a", "b"], "half \ud83d")),
+        ("negative_prompt", (["a", "b"], "half \ud83d")),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name_before_any_step(pipe, name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=name):
+            pipe.edit(Image.new("RGB", (64, 64)), **{"prompt": "a", "progress": False} | {name: value})
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("model_index.json", {"_class_name": ["QwenImageEditPipeline"]}),
+        ("model_index.json", {"_area": "4096"}),
+        ("scheduler/scheduler_config.json", {"base_shift": None}),
+        ("scheduler/scheduler_config.json", {"max_shift": 10**4}),
+    ],
+)
+def test_a_small_file_that_cannot_be_used_is_named(tmp_path, file, change):
+    (tmp_path / "scheduler").mkdir()
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        written = json.loads((TINY / name).read_text()) | (change if name == file else {})
+        (tmp_path / name).write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=f"{file}: "):
+        QwenImagePipeline.from_pretrained(tmp_path)
+
+
 def test_bad_pictures_are_refused(pipe, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such picture"):
         pipe.edit(tmp_path / "missing.png", "x")

@@ -153,6 +153,25 @@ def test_wrong_prompts_and_images_say_so(rng, tokenizer):
         P.tokenize_prompts(tokenizer, ["a"], max_sequence_length=1025)
 
 
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        (["a", "b"], ValueError, "one call makes one picture, got 2 prompts"),
+        (("a",), ValueError, "got 1 prompts"),
+        (None, TypeError, "must be a text, got NoneType"),
+        (b"a", TypeError, "must be a text, got bytes"),
+        ("a face \ud83d", ValueError, "holds half a character"),
+        ("\ude00 a face", ValueError, "holds half a character"),
+        ("a <|image_pad|>", ValueError, "stands for an image"),
+    ],
+)
+def test_what_is_no_single_prompt_is_named(name, prompt, error, message):
+    P.check_prompts(prompt="a \U0001f600", negative_prompt="")
+    with pytest.raises(error, match=f"{name}.*{message}"):
+        P.check_prompts(**{name: prompt})
+
+
 def test_drop_prefix():
     hidden = torch.arange(1.0, 13).view(2, 6, 1)
     embeds, mask = P.drop_prefix(hidden, torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]), drop=2)

@@ -97,3 +97,66 @@ def test_a_broken_tokenizer_folder_says_what_is_wrong(released_form, tmp_path):
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|endoftext|>": free}))
     with pytest.raises(ValueError, match="does not list .*im_start"):
         load_tokenizer(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+def damaged(source: Path, target: Path, name: str, harm) -> Path:
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    (target / name).write_bytes(harm((target / name).read_bytes()))
+    return target
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda data: POINTER,
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: bytes(len(data)),
+        lambda data: b"\xff\xfe",
+        lambda data: b"[]",
+    ],
+    ids=["pointer", "cut", "empty", "zeros", "no UTF-8", "a list"],
+)
+def test_a_damaged_file_is_named(released_form, tmp_path, name, harm):
+    with pytest.raises(ValueError, match=name):
+        load_tokenizer(damaged(released_form, tmp_path, name, harm))
+
+
+@pytest.mark.parametrize("keep", [slice(-1), slice(1, None), slice(30), slice(1)])
+def test_merges_that_lost_lines_are_found(released_form, tmp_path, keep):
+    """Other merges would give other ids, without a word."""
+
+    def harm(data: bytes) -> bytes:
+        head, *lines = data.splitlines(keepends=True)
+        return head + b"".join(lines[keep])
+
+    with pytest.raises(ValueError, match="merges.txt: one is damaged, or they do not belong together .[0-9]+ pieces"):
+        load_tokenizer(damaged(released_form, tmp_path, "merges.txt", harm))
+
+
+@pytest.mark.parametrize("change", [{"a": 5}, {"a": "5"}, {"a": None}, {"a": 10**30}, {"zzzz": 999}])
+def test_a_vocabulary_with_other_entries_is_refused(released_form, tmp_path, change):
+    with pytest.raises(ValueError, match="vocab.json with .*merges.txt"):
+        load_tokenizer(
+            damaged(released_form, tmp_path, "vocab.json", lambda b: json.dumps(json.loads(b) | change).encode())
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"model": {"type": "BPE"}}', POINTER])
+def test_a_damaged_tokenizer_json_is_named(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("listed", ['{"<|im_end|>": null}', '{"<|im_end|>": [1]}', '{"<|im_end|>": "x"}', "[]", ""])
+def test_a_damaged_list_of_added_tokens_is_named(released_form, tmp_path, listed):
+    folder = damaged(released_form, tmp_path, "tokenizer_config.json", lambda b: b"{}")
+    (folder / "added_tokens.json").write_text(listed)
+    with pytest.raises(ValueError, match="added_tokens.json"):
+        load_tokenizer(folder)

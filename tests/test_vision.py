@@ -77,9 +77,10 @@ def test_patches_want_rgb(rng):
 
 
 def test_image_settings(tmp_path):
-    assert load_image_settings(tmp_path / "nowhere") == {}  # image_patches has the released values
-    inner = {"size": {"shortest_edge": 1, "longest_edge": 2}, "patch_size": 7, "image_mean": [0, 0, 0]}
-    expected = {"min_pixels": 1, "max_pixels": 2, "patch_size": 7, "image_mean": [0, 0, 0]}
+    with pytest.raises(FileNotFoundError, match="neither preprocessor_config.json nor processor_config.json"):
+        load_image_settings(tmp_path / "nowhere")
+    inner = {"size": {"shortest_edge": 1, "longest_edge": 5}, "patch_size": 7, "image_mean": [0, 0, 0]}
+    expected = {"min_pixels": 1, "max_pixels": 5, "patch_size": 7, "image_mean": [0, 0, 0]}
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
     assert load_image_settings(tmp_path) == expected
     old = tmp_path / "preprocessor_config.json"  # read first; min_pixels and max_pixels go before size
@@ -89,6 +90,20 @@ def test_image_settings(tmp_path):
         old.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} = .* is computed here"):
             load_image_settings(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"patch_size": "14"}, {"patch_size": 0}, {"patch_size": 10**9}, {"merge_size": [2]}, {"min_pixels": 2.5},
+        {"size": 9}, {"max_pixels": -1}, {"image_mean": [0.5, 0.5]}, {"image_mean": "abc"}, {"image_mean": [0, 0, 1e99]},
+        {"image_std": [1, 1, 0]}, {"image_std": 1}, {"min_pixels": 9, "max_pixels": 4}, {"image_processor": None},
+    ],
+)  # fmt: skip
+def test_image_settings_that_cannot_be_used_name_their_file(tmp_path, wrong):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match="preprocessor_config.json: "):
+        load_image_settings(tmp_path)
 
 
 # ---- the tower
