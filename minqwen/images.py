@@ -9,16 +9,22 @@ Matches diffusers' VaeImageProcessor and its packing (tests/test_images.py). dif
 phone photos upright nor takes anything but RGB; `load_image` sees to both. Chapter 06.
 """
 
+import io
 import math
+import os
+import re
+import struct
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
 STEP = 32  # the VAE's 8 times the packing's 2 would ask for 16; Qwen-Image rounds to 32
 MAX_RATIO = 200
+PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # what a PNG cannot do without
 
 
 def calculate_dimensions(area: int, ratio: float) -> tuple[int, int]:
@@ -39,31 +45,79 @@ def calculate_dimensions(area: int, ratio: float) -> tuple[int, int]:
 def load_image(image: Image.Image | str | Path) -> Image.Image:
     """Any picture as upright RGB: EXIF orientation applied, transparency onto white, 16 bits scaled to 8.
 
-    Takes a path or a PIL image; of an animation, the first frame. FileNotFoundError for a missing file,
-    ValueError when it cannot be read as a picture or its mode (F, LAB) says too little about its colours,
-    TypeError for what is neither a path nor a PIL image.
+    Takes a path or a PIL image; of an animation, the first frame. The result carries no metadata, and what is wrong
+    with them costs no picture. FileNotFoundError for a missing file, TypeError for what is neither a path nor a PIL
+    image; ValueError, which names the path, when it cannot be read as a picture, has too many pixels (more than
+    2 * Image.MAX_IMAGE_PIXELS) or a mode (F, LAB) that says too little about its colours.
     """
-    if isinstance(image, str | Path):
-        image = _open(Path(image))
-    elif not isinstance(image, Image.Image):
+    if not isinstance(image, Image.Image | str | Path):
         raise TypeError(f"expected a PIL image or a path, got {type(image).__name__}")
-    return _to_rgb(ImageOps.exif_transpose(image))
-
-
-def _open(path: Path) -> Image.Image:
-    if not path.exists():
+    path = getattr(image, "filename", "") if isinstance(image, Image.Image) else image
+    if image is path and not os.path.exists(path):
         raise FileNotFoundError(f"no such picture: {path}")
     try:
-        image = Image.open(path)
-        image.load()  # a cut-off file shows itself only when its pixels are read
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"cannot read {path} as a picture: {error}") from error
+        return _upright_rgb(Image.open(path) if image is path else image)
+    except Exception as error:  # decoders raise nearly everything
+        with suppress(Exception):
+            return _upright_rgb(_open_bare(path))
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"cannot read {path or 'this image'} as a picture: {why}") from error
+
+
+def _open_bare(path: str | Path) -> Image.Image:
+    """A PNG or JPEG file without texts, profiles and thumbnails, of which Pillow found one damaged or too large."""
+    data = Path(path).read_bytes() if os.path.getsize(path) < 2**30 else b""
+    png = data.startswith(b"\x89PNG")
+    at = 8 if png else 2
+    bare = bytearray(data[:at])
+    while at + 8 < len(data) and data[at : at + 2] != b"\xff\xda":  # from there on all is JPEG's pixels
+        name, size = struct.unpack_from(">I4s", data, at)[::-1] if png else struct.unpack_from(">2sH", data, at)
+        end = at + size + (12 if png else 2)
+        if name in PIXELS or (not png and name < b"\xff\xe0") or (name == b"\xff\xee" and size == 14):
+            bare += data[at:end]
+        at = end
+    image = Image.open(io.BytesIO(bare + data[at:]))
+    image.info["xmp"] = data  # the orientation may stand there, or in
+    if exif := re.search(rb"(?:Exif\0\0|eXIf)(?=II|MM)", data):
+        image.info["exif"] = data[exif.end() :]
     return image
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    key, tile = image.info.get("transparency"), getattr(image, "tile", None)
+    kind = tile[0][3] if tile and key is not None else None  # the file's bits, known until the pixels are read
+    if kind in ("L;2", "L;4"):  # Pillow makes 8 bits of the pixels, and not of the colour that is transparent
+        image.info["transparency"] = key * (85 if kind == "L;2" else 17)
+    if kind == "RGB;16B":
+        low = Image.open(image.fp)
+        low.tile = [(*tile[0][:3], "RGB;16L")]  # the other half of each number
+        levels = np.asarray(low) + 256 * np.asarray(image).astype(np.uint16)
+        image = image.convert("RGB")
+        image.putalpha(Image.fromarray((levels != key).any(-1)))
+    image.load()  # a cut-off file shows itself only when its pixels are read
+    rgb, orientation = _to_rgb(image), _orientation(image)
+    rgb.info.clear()
+    rgb.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(rgb)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    with suppress(Exception):
+        if found := image.getexif().get(ExifTags.Base.Orientation):
+            return found
+        # Pillow does not see what stands behind a damaged entry
+        exif = image.info["exif"].removeprefix(b"Exif\0\0")
+        order = "<" if exif.startswith(b"II") else ">"
+        start = struct.unpack_from(f"{order}I", exif, 4)[0]
+        count = struct.unpack_from(f"{order}H", exif, start)[0]
+        entries = struct.iter_unpack(f"{order}HHIHxx", exif[start + 2 : start + 2 + 12 * count])
+        return next(value for tag, _, _, value in entries if tag == ExifTags.Base.Orientation)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit grey; convert() would cut off above 255
         grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
+        grey[grey == image.info.get("transparency", -1) / 257] = 255
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
     if image.mode in ("F", "LAB"):
         raise ValueError(f"no agreed way from mode {image.mode} to RGB: convert the picture yourself first")

@@ -12,13 +12,11 @@ Sizes and calls are those of diffusers' QwenImageEditPipeline and QwenImageEditP
 Chapter 08. As a command: python -m minqwen.precompute --help
 """
 
-import argparse
 import hashlib
-import io
 import json
 import os
 import sys
-import warnings
+import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,19 +29,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from minqwen.command import Parser, model_options, number, one_line, open_pipeline
 from minqwen.files import open_weights, whole_file, write_json
-from minqwen.images import calculate_dimensions, load_image
-from minqwen.pipeline import AREA, PARTS, QwenImagePipeline
-from minqwen.prompt import T2I
+from minqwen.images import MAX_RATIO, calculate_dimensions, load_image
+from minqwen.pipeline import AREA, CONDITION_AREA, PARTS, QwenImagePipeline
+from minqwen.prompt import EDIT_PLUS, T2I
 from minqwen.run import locked
 from minqwen.tokenizer import IMAGE_PAD
 
-FORMAT = "2"  # raise it when the same files give other numbers, or lie in the file in another way
+FORMAT = "3"  # raise it when the same files give other numbers, or lie in the file in another way
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # in any case: .JPG too
+UNSEEN = 32 * 32  # the size at which no picture is too long, for what the text encoder does not look at
 EMPTY = " "  # the prompt that stands for none; guidance uses the same
 INDEX = "index.json"  # which file belongs to which sample: written when all are there
 
 Folder = str | os.PathLike
+Folders = Folder | Sequence[Folder] | None
 
 
 class Source(NamedTuple):
@@ -55,66 +56,94 @@ class Source(NamedTuple):
     digests: tuple[str, ...]  # hashes of their bytes
 
 
-def find_sources(img_dir: Folder, control_dir: Folder | Sequence[Folder] | None = None) -> list[Source]:
-    """The samples of a data set, by name; a ValueError lists all that is wrong with it. Needs no model."""
-    problems = []
+def find_sources(img_dir: Folder, control_dir: Folders = None, area: int = AREA, template=None) -> list[Source]:
+    """The samples of a data set, by name; a ValueError lists all that is wrong with it. Needs no model.
+
+    area, template: the working size and the edit template of a pipeline, since a text encoder refuses pictures that are
+    too long at the size at which it looks at them. What is left out, and why, is printed in one line.
+    """
+    calculate_dimensions(area, 1.0)  # refuses what is no area
+    problems, left_out = [], {}
     folders = [control_dir] if isinstance(control_dir, str | os.PathLike) else list(control_dir or [])
-    targets = _by_stem(Path(img_dir), PICTURES, problems)
-    captions = _by_stem(Path(img_dir), (".txt",), problems)
-    controls = [_by_stem(Path(folder), PICTURES, problems) for folder in folders]
+    targets, captions = _by_stem(Path(img_dir), problems, left_out)
+    controls = [_by_stem(Path(folder), problems, left_out)[0] for folder in folders]
+    left_out |= {path: "no picture has this name" for stem, path in captions.items() if stem not in targets}
     if not targets:
         problems.append(f"{img_dir}: no pictures ({', '.join(PICTURES)})")
     problems += [f"{path}: no caption {stem}.txt beside it" for stem, path in targets.items() if stem not in captions]
-    for folder, found in zip(folders, controls, strict=True):
-        problems += [f"{path}: no control picture {s} in {folder}" for s, path in targets.items() if s not in found]
+    for folder, found in zip(map(Path, folders), controls, strict=True):
+        near = {_stem(p): f" ({p.name} is left out: {why})" for p, why in left_out.items() if p.parent == folder}
+        missing = [(path, s, near.get(s, "")) for s, path in targets.items() if s not in found]
+        problems += [f"{path}: no control picture {s} in {folder}{why}" for path, s, why in missing]
         problems += [f"{path}: a control for no target" for s, path in found.items() if s not in targets]
     words = {stem: _tried(_read_caption, captions[stem], problems) for stem in targets if stem in captions}
-    pictures = [path for found in (targets, *controls) for path in found.values()]
+    seen = min(area, CONDITION_AREA) if template is EDIT_PLUS else area
+    seen_at = {path: seen for found in controls for path in found.values()}
+    seen_at = dict.fromkeys(targets.values(), UNSEEN) | seen_at
     with ThreadPoolExecutor() as pool:
-        digests = dict(zip(pictures, pool.map(lambda path: _tried(_digest, path, problems), pictures), strict=True))
+        looks = pool.map(lambda path: _tried(_digest, path, problems, seen_at[path]), seen_at)
+        digests = dict(zip(seen_at, looks, strict=True))
+    if few := [f"{path.name!r} ({why})" for path, why in left_out.items() if path not in map(Path, folders)]:
+        print(f"left out: {', '.join(few[:5])}{f', and {len(few) - 5} more' * (len(few) > 5)}", file=sys.stderr)
     if problems:
         raise ValueError(f"{len(problems)} problem(s) with the data:\n  " + "\n  ".join(sorted(problems)))
-    if unused := [path.name for stem, path in captions.items() if stem not in targets]:
-        warnings.warn(f"captions without a picture in {img_dir}: {', '.join(unused)}", stacklevel=2)
-    sources = []
-    for stem in sorted(targets):
-        pictures = tuple(found[stem] for found in (targets, *controls))
-        sources.append(Source(stem, words[stem], pictures, tuple(digests[path] for path in pictures)))
-    return sources
+    pictures = {stem: tuple(found[stem] for found in (targets, *controls)) for stem in sorted(targets)}
+    return [Source(s, words[s], paths, tuple(map(digests.get, paths))) for s, paths in pictures.items()]
 
 
-def _by_stem(folder: Path, suffixes: tuple[str, ...], problems: list[str]) -> dict[str, Path]:
-    """Files of a folder by name without the last suffix: "cat.v1.2.png" is "cat.v1.2". Hidden files don't count."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file():
-            if path.stem in found:
-                problems.append(f"{path}: has the same name as {found[path.stem].name}")
-            found[path.stem] = path
-    return found
+def _stem(path: Path) -> str:
+    """Without the last suffix: "cat.v1.2.png" is "cat.v1.2". Accents, which some systems take apart, are composed."""
+    return unicodedata.normalize("NFC", path.stem)
 
 
-def _tried(read: Callable[[Path], str], path: Path, problems: list[str]) -> str:
+def _by_stem(folder: Path, problems: list[str], left_out: dict[Path, str]) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Pictures and captions of a folder by `_stem`. Hidden files don't count."""
+    pictures, captions = {}, {}
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        stem, suffix = _stem(path), path.suffix.lower()
+        found = pictures if suffix in PICTURES else captions
+        if not path.is_file():
+            left_out[path] = "a folder" if path.is_dir() else "a dead link"
+        elif suffix not in (*PICTURES, ".txt"):
+            if suffix in Image.registered_extensions():
+                left_out[path] = f"not one of {' '.join(PICTURES)}"
+        elif stem != stem.encode(errors="ignore").decode():
+            problems.append(f"{str(path)!r}: its name is no UTF-8: rename it")
+        elif stem in found:
+            problems.append(f"{path}: has the same name as {found[stem].name}")
+        else:
+            found[stem] = path
+    return pictures, captions
+
+
+def _tried(read: Callable[..., str], path: Path, problems: list[str], *more) -> str:
     try:
-        return read(path)
+        return read(path, *more)
     except Exception as error:  # decoders of pictures raise nearly everything
-        problems.append(f"{path}: {error}")
+        problems.append(f"{path}: {str(error).replace(f'{path} ', '')}")
         return ""
 
 
 def _read_caption(path: Path) -> str:
     """Without white space at its ends: an editor's last line break would be a token that no prompt has later."""
-    caption = path.read_text(encoding="utf-8-sig").strip()
+    caption = path.read_text(encoding="utf-8-sig", errors="replace").strip()
+    if not any(map(str.isprintable, caption)) or {"\0", "\N{REPLACEMENT CHARACTER}"} & set(caption):
+        raise ValueError("says nothing, or is no text in UTF-8: write a caption and save it as UTF-8")
     if IMAGE_PAD in caption:
         raise ValueError(f"holds {IMAGE_PAD}, which stands for a picture")
     return caption
 
 
-def _digest(path: Path) -> str:
-    """A hash of the bytes of a picture, which is decoded as well: only then does a file that is cut off show itself."""
-    with Image.open(path) as opened:
-        image = load_image(opened)
-    calculate_dimensions(AREA, image.width / image.height)
+def _digest(path: Path, seen: int) -> str:
+    """A hash of the bytes of a picture, which is decoded as well: only then does a file that is cut off show itself.
+
+    seen: pixels of the copy that the text encoder looks at; rounded to multiples of 32, it may be longer still.
+    """
+    width, height = load_image(path).size
+    within = 1 / MAX_RATIO <= width / height <= MAX_RATIO
+    sides = calculate_dimensions(seen, width / height) if within else (width, height)
+    if max(sides) > MAX_RATIO * min(sides):
+        raise ValueError(f"{width}x{height} pixels: one side is over {MAX_RATIO} times the other at work, crop first")
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -142,10 +171,10 @@ def encode_sample(pipe: QwenImagePipeline, source: Source, area: int) -> Sample:
 
 
 def _open_unchanged(path: Path, digest: str) -> Image.Image:
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != digest:
+    image = load_image(path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
         raise ValueError(f"{path} was changed while the samples were being computed: run it again")
-    return load_image(Image.open(io.BytesIO(data)))
+    return image
 
 
 def recipe_of(pipe: QwenImagePipeline, source: Source, area: int, model: str) -> dict[str, str]:
@@ -250,7 +279,7 @@ def _is_whole(file: Path) -> bool:
 def precompute(
     pipe: QwenImagePipeline,
     img_dir: Folder,
-    control_dir: Folder | Sequence[Folder] | None = None,
+    control_dir: Folders = None,
     cache_dir: Folder | None = None,
     area: int | None = None,
     progress: bool = True,
@@ -268,9 +297,10 @@ def precompute(
     """
     if pipe.vae is None or pipe.text_encoder is None:
         raise ValueError("precompute needs the vae and the text encoder: only the transformer may be left out")
-    sources = find_sources(img_dir, control_dir)
+    area = pipe.area if area is None else area
+    sources = find_sources(img_dir, control_dir, area, pipe.edit_template)
     pipe.check_pictures(len(sources[0].pictures) - 1)
-    return _precompute(pipe, sources, cache_dir, area or pipe.area, progress, prune)
+    return _precompute(pipe, sources, cache_dir, area, progress, prune)
 
 
 def _precompute(pipe, sources: list[Source], cache_dir, area: int, progress: bool, prune: bool) -> Precomputed:
@@ -301,32 +331,28 @@ def _precompute(pipe, sources: list[Source], cache_dir, area: int, progress: boo
     return Precomputed(names, files, computed)
 
 
+@one_line("precompute", "interrupted; run it again to go on", status=1)
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     purpose = "Encode a training set once and keep it on disk. Run again, it goes on and encodes what is new."
-    parser = argparse.ArgumentParser("python -m minqwen.precompute", description=purpose)
+    parser = Parser("precompute", purpose, "python -m minqwen.precompute images/ --control control/ --cache cache/")
     add = parser.add_argument
     add("images", metavar="IMAGES", help="folder of target pictures (.png .jpg .jpeg .webp) with .txt captions beside")
-    add("--control", metavar="DIR", nargs="+", help="folders of Picture 1, Picture 2, ..., same names (none: draw)")
+    add("--control", metavar="DIR", nargs="+", help="folders of Picture 1, Picture 2, ..., same names; None: draw")
     add("--cache", metavar="DIR", required=True, help="folder for the results, one safetensors file a sample")
-    add("--model", default="Qwen/Qwen-Image-Edit", help="checkpoint folder or hub repository (default: %(default)s)")
-    add("--area", type=int, help="pixels of the working size, 1048576 is 1024x1024 (default: the checkpoint's own)")
-    add("--device", help="cuda, mps or cpu (default: the first of these that is there)")
-    add("--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU, float32 on a CPU)")
+    model_options(parser)
+    add("--area", type=number(int, 32**2, 2**26), help="pixels at work, 1048576 is 1024x1024; None: the checkpoint's")
     add("--prune", action="store_true", help="delete files in the cache that belong to no sample of this run")
     add("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args(arguments)
-    try:
-        sources = find_sources(args.images, args.control)  # before minutes are spent on loading a model
-        light = QwenImagePipeline.from_pretrained(args.model, without=tuple(PARTS))
-        light.check_pictures(len(sources[0].pictures) - 1)
-        dtype = getattr(torch, args.dtype) if args.dtype else None
-        pipe = QwenImagePipeline.from_pretrained(args.model, args.device, dtype, without="transformer")
-        done = _precompute(pipe, sources, args.cache, args.area or pipe.area, not args.quiet, args.prune)
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        raise SystemExit(f"precompute: {str(error) or 'interrupted; run it again to go on'}") from None
-    print(f"{len(done)} samples in {args.cache}: {done.computed} computed, {done.reused} reused")
-    if others := set(Path(args.cache).glob("*.safetensors")) - set(done.kept):
+    asked = parser.parse_args(arguments)
+    light = open_pipeline(asked, tuple(PARTS))  # the data are looked at before minutes are spent on loading a model
+    area = asked.area or light.area
+    sources = find_sources(asked.images, asked.control, area, light.edit_template)
+    light.check_pictures(len(sources[0].pictures) - 1)
+    pipe = open_pipeline(asked, ("transformer",), "auto")
+    done = _precompute(pipe, sources, asked.cache, area, not asked.quiet, asked.prune)
+    print(f"{len(done)} samples in {asked.cache}: {done.computed} computed, {done.reused} reused")
+    if others := set(Path(asked.cache).glob("*.safetensors")) - set(done.kept):
         print(f"{len(others)} more files there belong to no sample of this run; --prune deletes them")
 
 

@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from minqwen.images import pack_latents
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import EMPTY, INDEX, Precomputed, Sample, fingerprint, main, precompute
 from minqwen.prompt import EDIT, EDIT_PLUS
+from minqwen.vision import smart_resize
 from minqwen.world import sample_edit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,7 +245,7 @@ def test_a_checkpoint_that_edits_one_picture_refuses_two_before_any_work(pipe, d
         run(pipe, data, control=["control", "second"])
     assert not pipe.prompts and not (data / "cache").exists()
     opened, plain = [], QwenImagePipeline.from_pretrained
-    watched = lambda *args, without=(): opened.append(without) or plain(*args, without=without)  # noqa: E731
+    watched = lambda *args: opened.append(args[3]) or plain(*args)  # noqa: E731
     monkeypatch.setattr(QwenImagePipeline, "from_pretrained", watched)
     with pytest.raises(SystemExit, match="precompute: this checkpoint edits one picture, got 2"):
         command(data / "images", "--control", data / "control", data / "second", "--cache", data / "c", "--model", TINY)
@@ -434,15 +436,15 @@ def test_everything_that_is_wrong_is_named_at_once_before_any_work(pipe, data):
         "11 problem(s)",
         "a..b.png: has the same name as a..b.WebP",
         "a..b.jpeg",
-        "猫 咪.jpeg: image file is truncated",
+        "猫 咪.jpeg: cannot read as a picture: image file is truncated",
         "cat.png: no caption cat.txt",
-        "cat.v1.2.txt: 'utf-8' codec can't decode",
+        "cat.v1.2.txt: says nothing, or is no text in UTF-8",
         f"cat.v1.2.JPG: no control picture cat.v1.2 in {data / 'control'}",
         f"猫 咪.jpeg: no control picture 猫 咪 in {data / 'second'}",
         f"cat.png: no control picture cat in {data / 'second'}",
         "orphan.png: a control for no target",
         "dog.png: a control for no target",
-        "crop first",
+        "xxx.PNG: 3000x10 pixels: one side is over 200 times the other at work, crop first",
     ):
         assert words in complaint, words
     assert complaint.splitlines()[1:] == sorted(complaint.splitlines()[1:])  # what concerns a file stands together
@@ -462,13 +464,147 @@ def test_an_empty_folder_a_missing_folder_and_a_reserved_token(pipe, data):
         run(pipe, data)
 
 
-def test_other_files_are_left_alone_and_lonely_captions_are_named(pipe, data):
-    (data / "images" / "._cat.png").write_bytes(b"what a Mac leaves behind")
-    (data / "images" / "notes.md").write_text("notes")
-    (data / "images" / "sub.png").mkdir()
-    (data / "images" / "lost.txt").write_text("a caption")
-    with pytest.warns(UserWarning, match="captions without a picture.*lost.txt"):
-        assert len(run(pipe, data)) == 5
+def test_other_files_are_left_alone_and_what_might_have_counted_is_said(data, capsys):
+    images = data / "images"
+    (images / "._cat.png").write_bytes(b"what a Mac leaves behind")
+    (images / "notes.md").write_text("notes")
+    (images / "lost.txt").write_text("a caption")
+    (images / "sub.png").mkdir()
+    Image.new("RGB", (8, 8)).save(images / "more.bmp")
+    assert len(library.find_sources(images, data / "control")) == 5
+    why = "not one of .png .jpg .jpeg .webp"
+    names = f"'more.bmp' ({why}), 'sub.png' (a folder), 'lost.txt' (no picture has this name)"
+    assert capsys.readouterr().err == f"left out: {names}\n"
+    for name in ("p.gif", "q.tif", "r.GIF"):
+        Image.new("RGB", (8, 8)).save(images / name)
+    assert len(library.find_sources(images)) == 5
+    said = capsys.readouterr().err
+    assert said.endswith("'sub.png' (a folder), and 1 more\n") and said.count("\n") == 1
+
+
+def test_links_to_nothing_are_left_out_and_a_folder_of_controls_is_not(data, capsys):
+    images = data / "images"
+    (data / "control").rename(images / "control")
+    try:
+        (images / "gone.png").symlink_to(data / "nowhere.png")
+    except OSError:
+        pytest.skip("no links on this system")
+    assert len(library.find_sources(images, images / "control")) == 5
+    assert capsys.readouterr().err == "left out: 'gone.png' (a dead link)\n"
+
+
+def test_a_control_picture_of_another_suffix_is_named(data):
+    Image.open(picture := picture_of(data, "cat", "control")).save(data / "control" / "cat.bmp")
+    picture.unlink()
+    wanted = f"no control picture cat in {data / 'control'} (cat.bmp is left out: not one of .png .jpg .jpeg .webp)"
+    with pytest.raises(ValueError) as caught:
+        library.find_sources(data / "images", data / "control")
+    assert wanted in str(caught.value)
+
+
+@pytest.mark.parametrize(("target", "caption", "control"), [("NFC", "NFD", "NFC"), ("NFD", "NFC", "NFC"),
+                                                            ("NFC", "NFC", "NFD")])  # fmt: skip
+@pytest.mark.parametrize("name", ["café", "각하", "ガラス", "Å.v1"])
+def test_accents_may_be_composed_or_taken_apart(tmp_path, name, target, caption, control):
+    (tmp_path / "control").mkdir()
+    paths = [tmp_path / f"{normalize(target, name)}.png", tmp_path / "control" / f"{normalize(control, name)}.png"]
+    for path in paths:
+        Image.new("RGB", (32, 32)).save(path)
+    (tmp_path / f"{normalize(caption, name)}.txt").write_text("a caption")
+    (source,) = library.find_sources(tmp_path, tmp_path / "control")
+    assert source.name == normalize("NFC", name) and list(source.pictures) == paths
+
+
+def test_two_forms_of_one_name_are_one_name(tmp_path):
+    for form in ("NFC", "NFD"):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{normalize(form, 'café')}.png")
+    if len(list(tmp_path.iterdir())) == 1:
+        pytest.skip("this file system knows one form")
+    (tmp_path / "café.txt").write_text("a caption")
+    with pytest.raises(ValueError, match="has the same name as"):
+        library.find_sources(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".txt", ".JPG"])
+def test_names_that_are_no_utf_8_are_named_before_any_work(data, suffix):
+    try:
+        (data / "images" / os.fsdecode(b"caf\xe9" + suffix.encode())).write_bytes(b"")
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes no such names")
+    with pytest.raises(ValueError, match=rf"caf.udce9{suffix}': its name is no UTF-8: rename it") as caught:
+        library.find_sources(data / "images")
+    str(caught.value).encode()  # and any console can print it
+
+
+NOTHING = [b"", b"\xef\xbb\xbf", b" \t\r\n\n", bytes(64), "\u200b\u3000".encode(), b"a cat\0", b"a\0 \0c\0a\0t\0"]
+
+
+@pytest.mark.parametrize("words", NOTHING)
+def test_captions_that_say_nothing_are_named(data, words):
+    (data / "images" / "cat.txt").write_bytes(words)
+    with pytest.raises(ValueError, match=r"cat\.txt: says nothing, or is no text in UTF-8: write a caption"):
+        library.find_sources(data / "images")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1", "gbk", "shift-jis"])
+def test_captions_in_other_encodings_are_named(data, encoding):
+    words = {"gbk": "画一只猫", "shift-jis": "猫です"}.get(encoding, "un café")
+    (data / "images" / "cat.txt").write_bytes(words.encode(encoding))
+    with pytest.raises(ValueError, match=r"cat\.txt: "):
+        library.find_sources(data / "images")
+
+
+@pytest.mark.parametrize("words", ["a", "猫", "🐈", "a\tcat\n on\n a mat", " é "])
+def test_captions_that_say_little_are_captions(data, words):
+    (data / "images" / "cat.txt").write_bytes(words.encode())
+    sources = {source.name: source.caption for source in library.find_sources(data / "images")}
+    assert sources["cat"] == words.strip()
+
+
+@pytest.mark.parametrize("size", [(5, 930), (930, 5), (10, 1990), (6000, 31)])
+def test_pictures_that_are_too_long_at_work_are_named_with_their_size(data, size):
+    """Within 200 as they are given; rounded to multiples of 32 they are beyond, and no text encoder looks at them."""
+    Image.new("RGB", size).save(picture_of(data, "cat", "control"))
+    folders = data / "images", data / "control"
+    with pytest.raises(ValueError, match=rf"cat\.\w+: {size[0]}x{size[1]} pixels: .*crop first"):
+        library.find_sources(*folders, area=1024 * 1024, template=EDIT)
+    assert library.find_sources(*folders, area=1024 * 1024, template=EDIT_PLUS)  # looks at smaller copies
+    assert library.find_sources(*folders, area=64 * 64, template=EDIT)
+
+
+@pytest.mark.parametrize("part", ["images", "control"])
+@pytest.mark.parametrize("template", [EDIT, EDIT_PLUS])
+def test_pictures_over_200_times_as_long_as_wide_are_named_with_their_size(data, part, template):
+    Image.new("RGB", (5, 1001)).save(picture_of(data, "cat", part))
+    with pytest.raises(ValueError, match=r"1 problem.*\n.*cat\.\w+: 5x1001 pixels: .*crop first"):
+        library.find_sources(data / "images", data / "control", 64 * 64, template)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio", [3, 40, 150, 163, 164, 186, 199])
+def test_what_is_refused_for_its_length_is_what_the_text_encoder_refuses(pipe, ratio, tmp_path):
+    area = 256 * 256
+    Image.new("RGB", (10, 10 * ratio)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a caption")
+    try:
+        library.find_sources(tmp_path, tmp_path, area, EDIT)
+        named = False
+    except ValueError:
+        named = True
+    (image,), _ = pipe.resize_references([library.load_image(tmp_path / "a.png")], area)
+    try:
+        smart_resize(image.height, image.width)
+        refused = False
+    except ValueError:
+        refused = True
+    assert named == refused
+
+
+@pytest.mark.parametrize("area", [0, -1, float("nan")])
+def test_an_area_that_is_none_is_refused_before_any_work(pipe, data, area):
+    with pytest.raises(ValueError, match="area must be a positive number"):
+        run(pipe, data, area=area)
+    assert not pipe.prompts
 
 
 @pytest.mark.slow
@@ -738,21 +874,57 @@ def test_the_command_says_what_it_did(data, capsys):
     assert "more files" not in command(*arguments, "--quiet", "--prune", "--area", 32 * 32)
 
 
-def test_the_command_looks_at_the_data_before_it_loads_a_model(data):
+def test_the_command_looks_at_the_data_before_it_loads_a_model(data, monkeypatch):
     (data / "images" / "cat.txt").unlink()
+    opened, plain = [], QwenImagePipeline.from_pretrained
+    watched = lambda *args: opened.append(args[3]) or plain(*args)  # noqa: E731
+    monkeypatch.setattr(QwenImagePipeline, "from_pretrained", watched)
     with pytest.raises(SystemExit, match="no caption cat.txt"):
-        command(data / "images", "--cache", data / "cache", "--model", data / "no model")
+        command(data / "images", "--cache", data / "cache", "--model", TINY)
     with pytest.raises(SystemExit, match="No such file or directory: .*gone"):
-        command(data / "gone", "--cache", data / "cache")
+        command(data / "gone", "--cache", data / "cache", "--model", TINY)
+    assert opened == [("transformer", "vae", "text_encoder")] * 2
 
 
-def test_an_interrupted_command_says_how_to_go_on(data, monkeypatch):
+WRONG = [
+    ("--area", "0", "from 1024 to"), ("--area", "-5", "from 1024 to"), ("--area", "1023", "from 1024 to"),
+    ("--area", "1e6", "a whole number"), ("--area", "nan", "a whole number"), ("--dtype", "float16", "invalid choice"),
+    ("--device", "cuda:99", "there is no"), ("--device", "tpu", "there is no"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "value", "words"), WRONG)
+def test_a_wrong_option_is_one_line(data, capsys, option, value, words):
+    with pytest.raises(SystemExit) as ended:
+        command(data / "images", "--cache", data / "cache", "--model", TINY, f"{option}={value}")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(f"precompute: argument {option}: ") and words in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_that_lacks_the_letters_of_a_name_costs_nothing(tmp_path, encoding):
+    images = tmp_path / "图像"
+    (images / "文件夹").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(images / "猫.png")
+    (images / "猫.txt").write_text("a cat")
+    words = [images, "--cache", tmp_path / "缓存", "--model", TINY, "--device", "cpu"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "minqwen.precompute", *words], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"1 samples in" in done.stdout and b"left out: " in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_an_interrupted_command_says_how_to_go_on(data, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(library, "encode_sample", interrupted)
-    with pytest.raises(SystemExit, match="precompute: interrupted; run it again to go on"):
+    with pytest.raises(SystemExit) as ended:
         command(data / "images", "--cache", data / "cache", "--model", TINY, "--device", "cpu", "--quiet")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "precompute: interrupted; run it again to go on\n"
 
 
 def test_help_runs_as_a_module(monkeypatch, capsys):
