@@ -78,8 +78,7 @@ def find_sources(img_dir: Folder, control_dir: Folders = None, area: int = AREA,
         problems += [f"{path}: a control for no target" for s, path in found.items() if s not in targets]
     words = {stem: _tried(_read_caption, captions[stem], problems) for stem in targets if stem in captions}
     seen = min(area, CONDITION_AREA) if template is EDIT_PLUS else area
-    seen_at = {path: seen for found in controls for path in found.values()}
-    seen_at = dict.fromkeys(targets.values(), UNSEEN) | seen_at
+    seen_at = dict.fromkeys(targets.values(), UNSEEN) | {path: seen for found in controls for path in found.values()}
     with ThreadPoolExecutor() as pool:
         looks = pool.map(lambda path: _tried(_digest, path, problems, seen_at[path]), seen_at)
         digests = dict(zip(seen_at, looks, strict=True))
@@ -105,8 +104,7 @@ def _by_stem(folder: Path, problems: list[str], left_out: dict[Path, str]) -> tu
         if not path.is_file():
             left_out[path] = "a folder" if path.is_dir() else "a dead link"
         elif suffix not in (*PICTURES, ".txt"):
-            if suffix in Image.registered_extensions():
-                left_out[path] = f"not one of {' '.join(PICTURES)}"
+            left_out[path] = f"neither {' '.join(PICTURES)} nor .txt"
         elif stem != stem.encode(errors="ignore").decode():
             problems.append(f"{str(path)!r}: its name is no UTF-8: rename it")
         elif stem in found:

@@ -472,14 +472,15 @@ def test_other_files_are_left_alone_and_what_might_have_counted_is_said(data, ca
     (images / "sub.png").mkdir()
     Image.new("RGB", (8, 8)).save(images / "more.bmp")
     assert len(library.find_sources(images, data / "control")) == 5
-    why = "not one of .png .jpg .jpeg .webp"
-    names = f"'more.bmp' ({why}), 'sub.png' (a folder), 'lost.txt' (no picture has this name)"
+    why = "neither .png .jpg .jpeg .webp nor .txt"
+    names = f"'more.bmp' ({why}), 'notes.md' ({why}), 'sub.png' (a folder), 'lost.txt' (no picture has this name)"
     assert capsys.readouterr().err == f"left out: {names}\n"
-    for name in ("p.gif", "q.tif", "r.GIF"):
-        Image.new("RGB", (8, 8)).save(images / name)
+    for name in ("a.GIF", "b.heic", "c\nd.tif"):
+        (images / name).write_bytes(b"any")
     assert len(library.find_sources(images)) == 5
     said = capsys.readouterr().err
-    assert said.endswith("'sub.png' (a folder), and 1 more\n") and said.count("\n") == 1
+    assert said.startswith(f"left out: 'a.GIF' ({why}), 'b.heic' ({why}), 'c\\nd.tif' ({why})")
+    assert said.endswith(f"'notes.md' ({why}), and 2 more\n") and said.count("\n") == 1
 
 
 def test_links_to_nothing_are_left_out_and_a_folder_of_controls_is_not(data, capsys):
@@ -496,7 +497,7 @@ def test_links_to_nothing_are_left_out_and_a_folder_of_controls_is_not(data, cap
 def test_a_control_picture_of_another_suffix_is_named(data):
     Image.open(picture := picture_of(data, "cat", "control")).save(data / "control" / "cat.bmp")
     picture.unlink()
-    wanted = f"no control picture cat in {data / 'control'} (cat.bmp is left out: not one of .png .jpg .jpeg .webp)"
+    wanted = f"no control picture cat in {data / 'control'} (cat.bmp is left out: neither .png .jpg"
     with pytest.raises(ValueError) as caught:
         library.find_sources(data / "images", data / "control")
     assert wanted in str(caught.value)
