@@ -18,6 +18,7 @@ from numbers import Real
 import torch
 from PIL import Image
 
+from minqwen.files import content_of
 from minqwen.images import calculate_dimensions, load_image
 from minqwen.pipeline import AREA, QwenImagePipeline
 
@@ -80,17 +81,11 @@ def open_pipeline(
     return QwenImagePipeline.from_pretrained(asked.model, asked.device, dtype, without, memory)
 
 
-def named(path: str, read: Callable, *more):
-    """read(path, ...), whose errors name the file."""
-    try:
-        return read(path, *more)
-    except Exception as error:  # decoders of pictures raise nearly everything
-        raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from error
-
-
 def read_picture(path: str) -> Image.Image:
+    """A picture that is given to a command; ValueError that names it, also where it is too long."""
     image = load_image(path)
-    calculate_dimensions(AREA, image.width / image.height)  # refuses what is too long
+    with content_of(path):
+        calculate_dimensions(AREA, image.width / image.height)
     return image
 
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from minqwen.checkpoint import Checkpoint
-from minqwen.command import Parser, model_options, named, number, one_line, open_pipeline, read_picture
+from minqwen.command import Parser, model_options, number, one_line, open_pipeline, read_picture
 from minqwen.files import whole_file
 from minqwen.lightning import load_lightning, steps_of
 from minqwen.lora import load_lora
@@ -107,7 +107,7 @@ def open_model(asked: argparse.Namespace) -> QwenImagePipeline:
         return open_pipeline(asked, memory=asked.memory)
     with torch.device("meta"):  # names and shapes without weights
         shapes = QwenImageTransformer2DModel(**Checkpoint(asked.model).config("transformer/config.json"))
-    named(asked.lora, read_lora, shapes)
+    read_lora(asked.lora, shapes)
     pipe = open_pipeline(asked, memory=asked.memory)
     if steps := steps_of(asked.lora):
         load_lightning(pipe, asked.lora, asked.lora_scale)
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     how["generator"] = torch.Generator().manual_seed(asked.seed)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"edit: {message}", file=sys.stderr)
-        pictures = [named(path, read_picture) for path in asked.pictures]
+        pictures = [read_picture(path) for path in asked.pictures]
         start = time.perf_counter()
         pipe = open_model(asked)
         loaded = time.perf_counter()

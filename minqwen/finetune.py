@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import trange
 
 from minqwen.checkpoint import Checkpoint
-from minqwen.command import Parser, keyword, model_options, named, number, one_line, open_pipeline, read_picture
+from minqwen.command import Parser, keyword, model_options, number, one_line, open_pipeline, read_picture
 from minqwen.files import whole_file, write_json
 from minqwen.images import pack_latents
 from minqwen.lora import ATTENTION, add_lora, save_lora
@@ -338,7 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
     dataset = Precomputed.open(asked.cache)  # looked at before minutes are spent on loading a model
     look_at(dataset, Checkpoint(asked.model).config("transformer/config.json"))
     Path(asked.out).mkdir(parents=True, exist_ok=True)
-    image = asked.preview_image and named(asked.preview_image, read_picture)
+    image = asked.preview_image and read_picture(asked.preview_image)
     prompt = asked.preview_prompt
     without, memory = () if prompt else ("text_encoder", "vae"), "turns" if asked.levels else "resident"
     pipe = open_pipeline(asked, without, memory)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from minqwen.checkpoint import BLOCK, UNFINISHED, Checkpoint
 from minqwen.command import Parser, number, one_line
-from minqwen.files import open_weights, read_json, whole_file, write_json
+from minqwen.files import content_of, open_weights, read_json, whole_file, write_json
 from minqwen.lightning import SCHEDULE, steps_of
 from minqwen.lora_files import read_lora
 from minqwen.quantize import FORMAT, GROUP, bits_of, check_bits, quantize
@@ -113,12 +113,17 @@ def is_whole(out: Path, asked: dict) -> bool:
     """
     mark, index = out / UNFINISHED, out / "model_index.json"
     if mark.exists() or index.exists():
-        holds = read_json(mark) if mark.exists() else read_json(index).get("_shrunk", {"a whole checkpoint": True})
+        with content_of(file := mark if mark.exists() else index):
+            holds = read_json(file)
+            holds = {**(holds if file is mark else holds.get("_shrunk", {"a whole checkpoint": True}))}
         if other := [f"{key} {value}" for key, value in holds.items() if value != asked.get(key)]:
             raise ValueError(f"{out} holds something else ({', '.join(other)}): name another folder, or delete it")
-        named = [(path.parent, read_json(path)["weight_map"]) for path in out.glob("*/*.index.json")]
-        absent = [file for folder, places in named for file in set(places.values()) if not (folder / file).is_file()]
-        return not mark.exists() and len(named) == len(STEMS) and not absent
+        absent, indexes = [], list(out.glob("*/*.index.json"))
+        for path in indexes:
+            with content_of(path):
+                files = set(read_json(path)["weight_map"].values())
+                absent += [file for file in files if not (path.parent / file).is_file()]
+        return not mark.exists() and len(indexes) == len(STEMS) and not absent
     if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
         raise ValueError(f"{out} is not empty: name another folder")
     return False
@@ -248,7 +253,11 @@ def command_line() -> Parser:
 @one_line("shrink", "interrupted; run it again to go on")
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    asked = command_line().parse_args(arguments)
+    parser = command_line()
+    asked = parser.parse_args(arguments)
+    if asked.lora_scale != 1 and not asked.lora:
+        parser.error("--lora-scale without --lora: there is nothing to scale")
+    (asked.model + asked.out).encode()  # safetensors takes no other names
     shrink(asked.model, asked.out, asked.bits, asked.lora, asked.lora_scale, not asked.quiet)
 
 

@@ -212,7 +212,7 @@ def test_a_wrong_option_is_named_and_ends_with_2(folder, no_model, capsys, argum
         (["gone.jpg", "words"], "no such picture: gone.jpg"),
         (["photo.jpg", "make", "it", "winter"], "no such picture: make (a prompt of several words stands in quotes)"),
         (["notes.txt", "words"], "cannot read notes.txt as a picture"),
-        (["float.tif", "words"], "float.tif: no agreed way from mode F to RGB"),
+        (["float.tif", "words"], "cannot read float.tif as a picture: no agreed way from mode F to RGB"),
         (["long.png", "words"], "long.png: width / height must be 1/200 to 200"),
         (["photo.jpg", "second.png", "words", "--model", TINY], "this checkpoint edits one picture, got 2"),
         (["words", "--model", "gone"], "gone is neither a folder nor a hub repository"),

@@ -1,7 +1,10 @@
 """shrink.py: the folder opens and paints; killed anywhere and run again it ends in the same bytes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -223,6 +226,35 @@ def test_a_damaged_block_is_named(small, tmp_path):
         shrink(TINY, tmp_path / "out", progress=False)
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"_shrunk": null}', '{"_shrunk": [1]}', '{"_shrunk": "x"}'])
+def test_a_damaged_index_of_the_folder_is_named(tmp_path, content):
+    (tmp_path / "model_index.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="model_index.json"):
+        shrink(TINY, tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"weight_map": null}', '{"weight_map": {"a": 3}}'])
+def test_a_damaged_index_of_weights_is_named(small, tmp_path, content):
+    folder = shutil.copytree(small, tmp_path / "small")
+    index = next(folder.glob("transformer/*.index.json"))
+    index.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=index.name):
+        shrink(TINY, folder, progress=False)
+
+
+def test_a_lora_that_fits_nothing_is_named(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors: is it for another model"):
+        shrink(TINY, tmp_path / "small", lora=tmp_path / "other.safetensors", progress=False)
+
+
+def test_a_console_that_lacks_the_folders_letters(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "缓存")
+    words = [sys.executable, "-m", "minqwen.shrink", TINY, folder]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, capture_output=True)
+    assert done.returncode == 0 and b"?? is whole already" in done.stdout
+
+
 def test_a_full_disk_is_found_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(library.shutil, "disk_usage", lambda path: type("", (), {"free": 10**6})())
     with pytest.raises(OSError, match=r"writes \d.*MB to .*, where 1.00MB are free"):
@@ -243,6 +275,8 @@ def test_a_lora_for_another_width_is_refused(tmp_path):
         (["nowhere", "out"], 1, "nowhere is neither a folder nor a hub repository"),
         ([str(TINY), "out", "--bits", "5"], 2, "argument --bits: invalid choice: 5"),
         ([str(TINY), "out", "--lora", "gone.safetensors"], 1, "gone.safetensors"),
+        ([str(TINY), "out", "--lora-scale", "0.5"], 2, "--lora-scale without --lora"),
+        ([str(TINY), "odd\udcff"], 1, "is no text in UTF-8"),
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys, arguments, status, said):
