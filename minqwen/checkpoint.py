@@ -204,11 +204,11 @@ class Checkpoint:
         Names are those of the released files. Raises ValueError as `load` does: what is missing, unexpected, misshapen,
         or of whole numbers without their scales.
         """
-        config = self.config(f"{component}/config.json")
-        with content_of(f"{self.source}/{component}/config.json"), torch.device("meta"):
-            module = module_class(**config).eval()
-        rename = getattr(module_class, "released_name", str)
+        config, rename = self.config(f"{component}/config.json"), getattr(module_class, "released_name", str)
         stored = {rename(name): tensor for name, tensor in self.tensors(component).items() if rename(name)}
+        with content_of(f"{self.source}/{component}/config.json"), torch.device("meta"):
+            expect_few_layers(config, len(stored))
+            module = module_class(**config).eval()
         insert_quantized_layers(module, stored)
         assign(module, {name: tensor.to("meta") for name, tensor in stored.items()}, f"{self.source}/{component}")
         return module, stored
@@ -226,6 +226,16 @@ class Checkpoint:
         moved = {name: t.to(device=_choice(device, name), dtype=types[name]) for name, t in bar}
         assign(module, moved, f"{self.source}/{component}")
         return module
+
+
+def expect_few_layers(config: dict, most: int) -> None:
+    """Raise ValueError for a config that asks for more layers than there are tensors: building them would not end."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            expect_few_layers(value, most)
+        elif key in ("num_layers", "num_hidden_layers", "depth", "num_res_blocks") and isinstance(value, int | float):
+            if value > most:
+                raise ValueError(f"{key} is {value}, but the weights are {most} tensors")
 
 
 def assign(module: nn.Module, tensors: dict[str, torch.Tensor], where: str = "these weights") -> None:

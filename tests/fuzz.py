@@ -5,7 +5,7 @@ and says how that ended:
 
     right      taken, and the result is what it should be
     refused    an error of a documented kind, whose message names the file or the option
-    lost       anything else: another error, a message without a name, a crash, ten seconds without an end
+    lost       anything else: another error, a message without a name, a crash, half a minute without an end
     silent     taken, though it should not have been, or with a wrong result
 
 The table of all kinds goes into tests/README.md. A case is repeated with --kind NAME --first N --count 1.
@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny"
 DOCUMENTED = (ValueError, TypeError, OSError, KeyError)
 ENDS = ("right", "refused", "lost", "silent")
-LIMIT = 10  # seconds
+LIMIT = 30  # seconds, on a machine that does other things too
 ODD = (None, True, -1, 0, 1, 2.5, 10**9, 10**30, -(10**9), float("nan"), float("inf"), "", "x", "8", "../../x", [], {},
        [None], ["x"], [1, 2, 3], {"a": 1})  # fmt: skip
 SMALL = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24,
@@ -69,7 +69,7 @@ class Case(NamedTuple):
 
 
 class TooLong(BaseException):
-    """After ten seconds."""
+    """After half a minute."""
 
 
 def outcome(case: Case) -> tuple[str, str]:

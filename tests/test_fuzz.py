@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 EACH = 2000 // len(KINDS)
 HOW = {
     "max_examples": EACH,
-    "deadline": None,  # fuzz.py has its own, ten seconds
+    "deadline": None,  # fuzz.py has its own
     "database": None,  # a case is repeated by its number
     "phases": [Phase.generate],  # a smaller number is no simpler case
     "suppress_health_check": list(HealthCheck),
