@@ -159,7 +159,7 @@ def described(sample) -> tuple[str, str, dict[str, tuple[int, ...]]]:
         words = (f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items())
         return sample.name, digest([sample.name, *words, *tensors.values()]), {n: t.shape for n, t in tensors.items()}
     with open_weights(sample) as file:
-        key = (file.metadata() or {}).get("key")
+        key = (file.metadata() or {}).get("key", sample.stem)  # caches of format 1 have none
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     if key != sample.stem or not {"latents", *TEXTS} <= shapes.keys():
         raise ValueError(f"{sample} is no sample of this cache: delete it, and run python -m minqwen.precompute again")

@@ -580,6 +580,12 @@ def test_a_file_that_is_no_sample_of_the_cache_is_named(tmp_path):
             finetune(small_pipe(), kept, steps=1, **QUICK)
 
 
+def test_a_sample_of_the_first_format_has_no_key_and_is_taken(tmp_path):
+    kept = on_disk(tmp_path, small_set(1))
+    save_file(load_file(kept.kept[0]), kept.kept[0])
+    assert len(finetune(small_pipe(), kept, steps=1, **QUICK)) == 1
+
+
 @pytest.mark.parametrize(
     ("part", "shape"),
     [("embeds", (1, 3, 25)), ("empty", (1, 2, 23)), ("embeds", (3, 24)), ("latents", (1, 8, 1, 4, 6)),
