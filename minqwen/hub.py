@@ -78,9 +78,9 @@ class Repository:
             get_session().head(url, headers=build_hf_headers(), timeout=PATIENCE)
         except (NetworkError, ConnectionError) as error:
             if isinstance(error, ConnectionError) or type(error).__name__ in ("ConnectError", "ConnectTimeout"):
-                missing = f"{file} of {self.name}{self.sizes.get(file, '')}, which is not in the cache"
-                hint = f"({error}); run it again with a network, or name a folder that holds all files"
-                raise ConnectionError(f"cannot download {missing}: the hub is away {hint}") from None
+                missing = f"{file} of {self.name}{self.sizes.get(file, '')}, which is not in the cache: the hub is away"
+                hint = "run it again with a network, or name a folder that holds all files"
+                raise ConnectionError(f"cannot download {missing} ({error}); {hint}") from None
         self.reached = True
 
     def _exists(self, file: str) -> bool:

@@ -151,18 +151,10 @@ class QwenImagePipeline:
             raise ValueError(f"this checkpoint edits one picture, got {count}; several need Edit-2509 or -2511")
 
     def generate(
-        self,
-        prompt: str,
-        width: int | None = None,
-        height: int | None = None,
-        negative_prompt: str | None = " ",
-        true_cfg_scale: float | None = None,
-        num_inference_steps: int = 50,
-        generator: torch.Generator | None = None,
-        latents: torch.Tensor | None = None,
-        callback: Callback | None = None,
-        progress: bool = True,
-    ) -> Image.Image:
+        self, prompt: str, width: int | None = None, height: int | None = None, negative_prompt: str | None = " ",
+        true_cfg_scale: float | None = None, num_inference_steps: int = 50, generator: torch.Generator | None = None,
+        latents: torch.Tensor | None = None, callback: Callback | None = None, progress: bool = True,
+    ) -> Image.Image:  # fmt: skip
         """Draw a picture from words.
 
         width, height: pixels, by default a square of the checkpoint's area; rounded down to multiples of 16.
@@ -177,20 +169,11 @@ class QwenImagePipeline:
         return self._paint([], None, prompt, width, height, negative_prompt, true_cfg_scale, *walk)
 
     def edit(
-        self,
-        images: Images,
-        prompt: str,
-        area: int | None = None,
-        width: int | None = None,
-        height: int | None = None,
+        self, images: Images, prompt: str, area: int | None = None, width: int | None = None, height: int | None = None,
         negative_prompt: str | None = " ",
-        true_cfg_scale: float | None = None,
-        num_inference_steps: int = 50,
-        generator: torch.Generator | None = None,
-        latents: torch.Tensor | None = None,
-        callback: Callback | None = None,
-        progress: bool = True,
-    ) -> Image.Image:
+        true_cfg_scale: float | None = None, num_inference_steps: int = 50, generator: torch.Generator | None = None,
+        latents: torch.Tensor | None = None, callback: Callback | None = None, progress: bool = True,
+    ) -> Image.Image:  # fmt: skip
         """Change a picture, or make one out of several, as the prompt says.
 
         images: a PIL image or path, or a list of them for Edit-2509 and -2511. area: pixels of the working size,

@@ -118,9 +118,10 @@ def test_what_is_saved_loads_in_diffusers_and_back_here(pair, rng, tmp_path):
         assert file.metadata()["base_model"] == "data/tiny"
     again = fresh(model, reference)
     report = load_lora(again, path)
-    assert difference(out(again, inputs), want) <= TOLERANCE and set(report.matched) == set(adapters(model))
+    rounding = TOLERANCE * max(1, float(want.abs().max()))  # twice a scale, numbers may be large
+    assert difference(out(again, inputs), want) <= rounding and set(report.matched) == set(adapters(model))
     reference_loads(reference, path)
-    assert difference(want, theirs(reference, inputs)) <= TOLERANCE
+    assert difference(want, theirs(reference, inputs)) <= rounding
     assert [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
