@@ -89,11 +89,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if kind in ("L;2", "L;4"):  # Pillow makes 8 bits of the pixels, and not of the colour that is transparent
         image.info["transparency"] = key * (85 if kind == "L;2" else 17)
     if kind == "RGB;16B":
-        low = Image.open(image.fp)
-        low.tile = [(*tile[0][:3], "RGB;16L")]  # the other half of each number
-        levels = np.asarray(low) + 256 * np.asarray(image).astype(np.uint16)
-        image = image.convert("RGB")
-        image.putalpha(Image.fromarray((levels != key).any(-1)))
+        image.info["transparency"] = tuple(level >> 8 for level in key)
     image.load()  # a cut-off file shows itself only when its pixels are read
     rgb, orientation = _to_rgb(image), _orientation(image)
     rgb.info.clear()

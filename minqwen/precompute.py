@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minqwen.command import Parser, model_options, number, one_line, open_pipeline
-from minqwen.files import open_weights, whole_file, write_json
+from minqwen.files import content_of, open_weights, read_json, whole_file, write_json
 from minqwen.images import MAX_RATIO, calculate_dimensions, load_image
 from minqwen.pipeline import AREA, CONDITION_AREA, PARTS, QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS, T2I
@@ -227,8 +227,11 @@ class Precomputed(torch.utils.data.Dataset):
         Raises FileNotFoundError where no run has finished since a picture or caption changed.
         """
         index = Path(cache_dir) / INDEX
-        listed = json.loads(index.read_text(encoding="utf-8"))["samples"] if index.is_file() else []
-        files = [index.parent / file for _, file in listed]
+        with content_of(index):
+            listed = read_json(index)["samples"] if index.is_file() else []
+            files = [index.parent / file for _, file in listed]
+            if outside := [file for file in files if file.parent != index.parent]:
+                raise ValueError(f"{outside[0]} lies outside of the folder")
         if not files or not all(file.is_file() for file in files):
             raise FileNotFoundError(f"{cache_dir} holds no finished cache: run python -m minqwen.precompute (again)")
         return cls([name for name, _ in listed], files)

@@ -934,3 +934,14 @@ def test_help_runs_as_a_module(monkeypatch, capsys):
         runpy.run_path(library.__file__, run_name="__main__")
     assert ended.value.code == 0
     assert "--control DIR [DIR ...]" in (out := capsys.readouterr().out) and "goes on" in out
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{", '{"samples": 3}', '{"samples": [["a"]]}', "{}", '{"samples": [["a", "../a.safetensors"]]}',
+     '{"samples": [["a", null]]}'],
+)  # fmt: skip
+def test_a_damaged_index_is_named(tmp_path, content):
+    (tmp_path / INDEX).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=INDEX):
+        Precomputed.open(tmp_path)
