@@ -91,10 +91,12 @@ make = ["minqwen.precompute", folder / "图像", "--control", folder / "控制",
 train = ["minqwen.finetune", cache, "--out", out, "--model", tiny, "--rank", 2, "--save-every", 1, "--batch-size", 1]
 command(*make)
 command(*train, "--steps", 2)
+command(*train, "--steps", 2)  # there is nothing left to do
 (folder / "图像" / "圆形.txt").write_text("把圆形变成蓝色", encoding="utf-8")
 command(*make, "--prune")  # replaces the index, deletes a sample
 command(*make)
-command(*train, "--steps", 2)  # there is nothing left to do
+train[3] = folder / "再次"  # another run: the data are others
+command(*train, "--steps", 2)
 """
 
 
