@@ -157,7 +157,7 @@ class Checkpoint:
             raise KeyError(f"no tensor in {self.source}/{component} starts with {prefix!r}")
         if self.repository is not None:
             self.repository.announce(f"{component}/{prefix}*", places)
-        return self._read(places, by_ranges=bool(prefix))
+        return self.read(places, by_ranges=bool(prefix))
 
     def blocks(self, component: str, without: Container[str] = ()) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """A component one block at a time: (prefix, its tensors), first ("", what belongs to no block).
@@ -173,12 +173,13 @@ class Checkpoint:
         if self.repository is not None:
             self.repository.announce(f"{component}/*", places)
         for prefix in sorted(blocks, key=lambda prefix: (len(prefix), prefix)):  # 2 before 10
-            yield prefix, self._read(blocks[prefix], by_ranges=True)
+            yield prefix, self.read(blocks[prefix], by_ranges=True)
 
     def _far(self, file: str) -> bool:
         return self.repository is not None and not self.repository.cached(file)
 
-    def _read(self, places: dict[str, str], by_ranges: bool) -> dict[str, torch.Tensor]:
+    def read(self, places: dict[str, str], by_ranges: bool = False) -> dict[str, torch.Tensor]:
+        """Tensors, name -> the file that holds it, as stored; from a file on this disk they are mapped."""
         tensors = {}
         for file in sorted(set(places.values())):
             names = [name for name in places if places[name] == file]

@@ -46,9 +46,14 @@ class Shell:
     def __init__(
         self, checkpoint: Checkpoint, module_class: type[nn.Module], component: str, device, dtype: torch.dtype
     ):
-        self.module, self.stored = checkpoint.skeleton(module_class, component)
+        self.module, _ = checkpoint.skeleton(module_class, component)
+        self.stored = self.module.state_dict()  # on the meta device, in the dtypes of the files
+        self.checkpoint, self.mapped, self.places = checkpoint, {}, {}
+        rename = getattr(module_class, "released_name", str)
+        for theirs, file in checkpoint.weight_map(component).items():
+            if name := rename(theirs):
+                self.places.setdefault(BLOCK.match(name)[0], {})[name] = theirs, file
         self.component, self.device, self.dtype = component, torch.device(device), dtype
-        self.empty = self.module.state_dict()
         self.left_out: tuple[str, ...] = ()
 
     def arrange(self, streams: bool) -> None:
@@ -72,8 +77,15 @@ class Shell:
         return StreamedBlocks(pairs, self.fetch, self.device)
 
     def fetch(self, name: str) -> Tensor:
-        """A tensor where and in the dtype in which it computes."""
-        tensor = self.stored[name]
+        """A tensor where and in the dtype in which it computes.
+
+        Each block is mapped anew, and only the last one is kept: what was read of the others leaves the memory.
+        """
+        block = BLOCK.match(name)[0]
+        if block not in self.mapped:
+            tensors = self.checkpoint.read(dict(self.places[block].values()))
+            self.mapped = {block: {ours: tensors[theirs] for ours, (theirs, _) in self.places[block].items()}}
+        tensor = self.mapped[block][name]
         return tensor.to(self.device, None if keeps_dtype(name, tensor) else self.dtype, non_blocking=True)
 
     def size(self, name: str) -> int:
@@ -85,12 +97,11 @@ class Shell:
     def open(self) -> nn.Module:
         names = [name for name in self.stored if name not in self.left_out]
         bar = tqdm(names, desc=f"loading {self.component}", unit=" tensors", leave=False, disable=len(names) < 500)
-        tensors = {name: self.fetch(name) for name in bar}
-        self.module.load_state_dict(tensors, strict=False, assign=True)
+        self.module.load_state_dict({name: self.fetch(name) for name in bar}, strict=False, assign=True)
         return self.module
 
     def close(self) -> None:
-        self.module.load_state_dict(self.empty, strict=False, assign=True)
+        self.module.load_state_dict(self.stored, strict=False, assign=True)
 
     @torch.no_grad()
     def modulations(self, sigmas: Tensor, keep_on: torch.device | str | None = None) -> dict[float, Modulations]:
