@@ -1,12 +1,12 @@
 """What the commands share: the options that open a model, numbers with a range, and an end in one line.
 
-    python -m minqwen.edit, python -m minqwen.finetune, python -m minqwen.shrink
+    python -m minqwen.edit, minqwen.precompute, minqwen.finetune, minqwen.shrink
 
 What is wrong with an option is said before a model is loaded, which may take minutes; argparse puts the option's name
 before it. A command ends with 2 for a wrong option, 130 for Ctrl-C (1 where a run goes on later), 1 for any other error
 that is foreseen.
 The surprise: float("nan") is a number, and no comparison finds it too small or too large; it has to be found inside.
-precompute keeps its own lines, since chapter 08 shows them. Tests: tests/test_edit_command.py.
+Tests: tests/test_edit_command.py.
 """
 
 import argparse
