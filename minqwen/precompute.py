@@ -332,9 +332,8 @@ def _precompute(pipe, sources: list[Source], cache_dir, area: int, progress: boo
     return Precomputed(names, files, computed)
 
 
-@one_line("precompute", "interrupted; run it again to go on", status=1)
-def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+def command_line() -> Parser:
+    """The command's options."""
     purpose = "Encode a training set once and keep it on disk. Run again, it goes on and encodes what is new."
     parser = Parser("precompute", purpose, "python -m minqwen.precompute images/ --control control/ --cache cache/")
     add = parser.add_argument
@@ -345,7 +344,13 @@ def main(arguments: list[str] | None = None) -> None:
     add("--area", type=number(int, 32**2, 2**26), help="pixels at work, 1048576 is 1024x1024; None: the checkpoint's")
     add("--prune", action="store_true", help="delete files in the cache that belong to no sample of this run")
     add("--quiet", action="store_true", help="no progress bar")
-    asked = parser.parse_args(arguments)
+    return parser
+
+
+@one_line("precompute", "interrupted; run it again to go on", status=1)
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    asked = command_line().parse_args(arguments)
     light = open_pipeline(asked, tuple(PARTS))  # the data are looked at before minutes are spent on loading a model
     area = asked.area or light.area
     sources = find_sources(asked.images, asked.control, area, light.edit_template)

@@ -79,7 +79,10 @@ def resolution_shift(
     expect_numbers(base_shift=base_shift, max_shift=max_shift, **ends)
     length = max_image_seq_len - base_image_seq_len
     slope = (max_shift - base_shift) / length if length else 0.0
-    return math.exp(base_shift + slope * (image_seq_len - base_image_seq_len))
+    mu = base_shift + slope * (image_seq_len - base_image_seq_len)
+    if abs(mu) > 20:  # e^20 leaves one noise level of all
+        raise ValueError(f"base_shift and max_shift make mu {mu:g} at {image_seq_len} tokens, more than 20")
+    return math.exp(mu)
 
 
 def time_shift(sigmas: torch.Tensor, shift: float) -> torch.Tensor:

@@ -167,13 +167,13 @@ def test_names_and_shapes_come_from_the_headers(written):
 @pytest.mark.parametrize("layout", ["sharded", "single"])
 def test_blocks_are_all_tensors_one_block_at_a_time(written, request, layout, monkeypatch):
     folder, found, earlier, alive = request.getfixturevalue(layout), {}, [], []
-    read = Checkpoint._read
+    read = Checkpoint.read
 
     def watched(self, *args, **kwargs):
         alive.append(sum(tensor() is not None for tensor in earlier))
         return read(self, *args, **kwargs)
 
-    monkeypatch.setattr(Checkpoint, "_read", watched)
+    monkeypatch.setattr(Checkpoint, "read", watched)
     for prefix, tensors in Checkpoint(folder.parent).blocks("transformer"):
         assert tensors and all(name.startswith(prefix) for name in tensors)
         found |= {name: tensor.clone() for name, tensor in tensors.items()}
