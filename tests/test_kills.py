@@ -9,7 +9,7 @@ from kills import run
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
-@pytest.mark.parametrize("job", ["precompute", "finetune", "shrink"])
+@pytest.mark.parametrize("job", ["precompute", "shrink"])
 def test_killed_work_ends_in_the_bytes_of_an_undisturbed_run(job):
     kills, rounds = run([job], kills=20, seed=SEED)[job]
     assert kills >= 20 and rounds > 0
