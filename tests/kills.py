@@ -105,7 +105,7 @@ def run(names: list[str], kills: int, seed: int) -> dict[str, tuple[int, int]]:
                     more = killed_round(job, out, chance, 0.7 * life, 1 + rounds % 2)
                     if contents(out) != want:
                         other = [n for n, h in contents(out).items() if want.get(n) != h]
-                        raise RuntimeError(f"{name}, {other}, seed {seed}, round {rounds}: not the undisturbed run's files")
+                        raise RuntimeError(f"{name}, seed {seed}, round {rounds}: {other} differ")
                     shutil.rmtree(out)
                     count, rounds = count + more, rounds + 1
                     bar.update(more)
