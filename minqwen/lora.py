@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from statistics import mode
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from minqwen.files import whole_file
+from minqwen.files import save_weights, whole_file
 from minqwen.lora_files import METADATA, read_lora, some
 from minqwen.quantize import LINEAR, QuantizedLinear, refuse_fleeting
 
@@ -129,7 +128,7 @@ def save_lora(model: nn.Module, path: str | os.PathLike, **metadata: str) -> Non
     text = json.dumps({f"transformer.{key}": value for key, value in config.items() if value != {}}, sort_keys=True)
     tensors = {f"transformer.{name}": tensor.cpu().contiguous() for name, tensor in lora_state(model).items()}
     with whole_file(path) as beside:
-        save_file(tensors, beside, metadata={"format": "pt", METADATA: text} | metadata)
+        save_weights(tensors, beside, {"format": "pt", METADATA: text} | metadata)
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,11 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from minqwen.command import Parser, model_options, number, one_line, open_pipeline
-from minqwen.files import content_of, open_weights, read_json, whole_file, write_json
+from minqwen.files import content_of, open_weights, read_json, save_weights, whole_file, write_json
 from minqwen.images import MAX_RATIO, calculate_dimensions, load_image
 from minqwen.pipeline import AREA, CONDITION_AREA, PARTS, QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS, T2I
@@ -247,14 +246,6 @@ class Precomputed(torch.utils.data.Dataset):
         control = tuple(tensors[name] for name in _control_names(len(tensors) - 3))
         return Sample(self.names[i], tensors["latents"], control, tensors["embeds"], tensors["empty"])
 
-    def shapes(self, i: int) -> tuple[tuple[int, ...], ...]:
-        """Of the latents and of each control picture, (1, 16, 1, h, w); of a file its header alone is read."""
-        if isinstance(self.kept[i], Sample):
-            return tuple(tuple(z.shape) for z in (self.kept[i].latents, *self.kept[i].control))
-        with open_weights(self.kept[i]) as file:
-            names = ["latents", *_control_names(len(file.keys()) - 3)]
-            return tuple(tuple(file.get_slice(name).get_shape()) for name in names)
-
 
 def _control_names(count: int) -> list[str]:
     """Of the tensors in a sample's file: control, control_2, control_3, ..."""
@@ -265,7 +256,7 @@ def _write_sample(file: Path, sample: Sample, recipe: dict[str, str]) -> None:
     tensors = {"latents": sample.latents, "embeds": sample.embeds, "empty": sample.empty}
     tensors |= zip(_control_names(len(sample.control)), sample.control, strict=True)
     with whole_file(file) as path:
-        save_file(tensors, path, recipe | {"key": file.stem, "name": sample.name})
+        save_weights(tensors, path, recipe | {"key": file.stem, "name": sample.name})
 
 
 def _is_whole(file: Path) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from minqwen.files import content_of, expect_numbers, open_weights, read_json, write_json
+from minqwen.files import content_of, expect_numbers, open_weights, read_json, save_weights, write_json
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n"
 PAGE = b"<!DOCTYPE html><title>404</title>"
@@ -60,3 +60,15 @@ def test_what_is_no_number_is_named(value):
     expect_numbers(a=1, b=0.5)
     with pytest.raises(ValueError, match="b must be a finite number"):
         expect_numbers(a=1, b=value)
+
+
+def test_equal_content_is_equal_bytes_in_every_process(tmp_path):
+    """In one process too: safetensors orders metadata anew for each file."""
+    metadata = {f"key {n}": 'a "word"\n猫\x01' for n in range(20)}
+    tensors, written = {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.bfloat16)}, set()
+    for n in range(8):
+        save_weights(tensors, tmp_path / f"{n}.safetensors", metadata)
+        written.add((tmp_path / f"{n}.safetensors").read_bytes())
+    with open_weights(tmp_path / "0.safetensors") as file:
+        assert file.metadata() == metadata and all(torch.equal(file.get_tensor(k), t) for k, t in tensors.items())
+    assert len(written) == 1
