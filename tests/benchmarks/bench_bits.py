@@ -90,7 +90,8 @@ def main() -> None:
         columns[bits] |= {f"right: {kind}": f"{score:.0f}" for kind, score in scores.items()}
         columns[bits]["right: all"] = f"{np.mean(list(scores.values())):.1f}"
     rows = dict.fromkeys(name for column in columns.values() for name in column)
-    lines = [f"| bits ({args.count} edits of each kind, {args.steps} steps) |" + "".join(f" {bits} |" for bits in columns), "|---|" + "---|" * len(columns)]
+    head = f"| bits ({args.count} edits of each kind, {args.steps} steps) |"
+    lines = [head + "".join(f" {bits} |" for bits in columns), "|---|" + "---|" * len(columns)]
     for name in sorted(rows, key=lambda name: name.startswith("right")):
         lines.append(f"| {name} |" + "".join(f" {column.get(name, '–')} |" for column in columns.values()))
     print("\n".join(lines))
