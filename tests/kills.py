@@ -66,7 +66,10 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def killed_round(job: Callable[[Path], object], out: Path, chance: random.Random, life: float, at_once: int) -> int:
-    """Starts and kills until a run has ended by itself; the number of kills. Raises RuntimeError for one that fails."""
+    """Starts and kills until a run has ended by itself; the number of kills. Raises RuntimeError for one that fails.
+
+    life: seconds that a start may have at most; a little more after each kill, or a slow start might never end.
+    """
     kills = 0
     while True:
         ends = sorted((time.monotonic() + chance.uniform(0, life), started(job, out)) for _ in range(at_once))
@@ -77,7 +80,7 @@ def killed_round(job: Callable[[Path], object], out: Path, chance: random.Random
             if ended == (0, 0):
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                kills += 1
+                kills, life = kills + 1, 1.05 * life
             elif ended[1]:
                 raise RuntimeError(f"a run in {out} ended with status {os.waitstatus_to_exitcode(ended[1])}")
             else:
