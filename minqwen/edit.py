@@ -25,6 +25,7 @@ from PIL import Image
 from minqwen.checkpoint import Checkpoint
 from minqwen.command import Parser, model_options, number, one_line, open_pipeline, read_picture
 from minqwen.files import whole_file
+from minqwen.images import MAX_AREA, MAX_SIDE
 from minqwen.lightning import load_lightning, steps_of
 from minqwen.lora import load_lora
 from minqwen.lora_files import read_lora
@@ -50,9 +51,9 @@ def command_line() -> Parser:
     add("--seed", type=number(int, 0, 2**64 - 1), default=0, help="of the noise: another one, another picture")
     add("--guidance", type=number(float, 0, 100), help="towards the prompt, off up to 1; None: the checkpoint's own")
     add("--negative", metavar="PROMPT", default=" ", help="what to keep away from (default: %(default)r)")
-    add("--area", type=number(int, 32**2, 2**26), help="pixels at work, 1048576 is 1024x1024; None: the checkpoint's")
-    add("--width", type=number(int, 16, 2**14), help="pixels, in 16s; None: as the last picture, or else a square")
-    add("--height", type=number(int, 16, 2**14), help="as --width")
+    add("--area", type=number(int, 32**2, MAX_AREA), help="pixels at work, 1024x1024 is 1048576; None: as the model")
+    add("--width", type=number(int, 16, MAX_SIDE), help="pixels, in 16s; None: as the last picture, or else a square")
+    add("--height", type=number(int, 16, MAX_SIDE), help="as --width")
     add("--lora", metavar="FILE", help="adapters (.safetensors) to put on the model; Lightning's with their schedule")
     add("--lora-scale", type=number(float, -100, 100), default=1.0, help="times the scale that the file asks for")
     return parser

@@ -24,6 +24,8 @@ from PIL import ExifTags, Image, ImageOps
 
 STEP = 32  # the VAE's 8 times the packing's 2 would ask for 16; Qwen-Image rounds to 32
 MAX_RATIO = 200
+MAX_AREA = 2**26  # pixels
+MAX_SIDE = 2**14
 PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # what a PNG cannot do without
 
 
@@ -31,10 +33,10 @@ def calculate_dimensions(area: int, ratio: float) -> tuple[int, int]:
     """The working size (width, height) in pixels near `area` pixels with `ratio` = width / height.
 
     Multiples of 32, never below 32; halves round to even, as Python's round does. ValueError for an area that
-    is not positive or a ratio outside 1/200 to 200. Source: diffusers' pipeline_qwenimage_edit.py.
+    is not from 1 to 2**26 or a ratio outside 1/200 to 200. Source: diffusers' pipeline_qwenimage_edit.py.
     """
-    if not (area > 0 and math.isfinite(area)):
-        raise ValueError(f"area must be a positive number of pixels, got {area}")
+    if not 0 < area <= MAX_AREA:
+        raise ValueError(f"area must be a number of pixels up to {MAX_AREA}, got {area}")
     if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
         raise ValueError(f"width / height must be 1/{MAX_RATIO} to {MAX_RATIO}, got {ratio}: crop first")
     width = math.sqrt(area * ratio)

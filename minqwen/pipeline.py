@@ -22,6 +22,7 @@ from tqdm import tqdm
 from minqwen.checkpoint import Checkpoint, choose_device
 from minqwen.files import content_of, expect_numbers
 from minqwen.images import (
+    MAX_SIDE,
     calculate_dimensions,
     image_to_pixels,
     load_image,
@@ -332,8 +333,8 @@ def _resize_to(area: int, image: Image.Image) -> Image.Image:
 
 
 def _multiple_of_16(side: int, name: str) -> int:
-    if not (isinstance(side, int) and side >= 16):
-        raise ValueError(f"{name} is {side!r} pixels; expected a whole number, the smallest is 16")
+    if not (isinstance(side, int) and 16 <= side <= MAX_SIDE):
+        raise ValueError(f"{name} is {side!r} pixels; expected a whole number from 16 to {MAX_SIDE}")
     if side % 16:
         warnings.warn(f"{name} {side} is no multiple of 16, so the picture has {side // 16 * 16}", stacklevel=4)
     return side // 16 * 16

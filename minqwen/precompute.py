@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from minqwen.command import Parser, model_options, number, one_line, open_pipeline
 from minqwen.files import content_of, open_weights, read_json, save_weights, whole_file, write_json
-from minqwen.images import MAX_RATIO, calculate_dimensions, load_image
+from minqwen.images import MAX_AREA, MAX_RATIO, calculate_dimensions, load_image
 from minqwen.pipeline import AREA, CONDITION_AREA, PARTS, QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS, T2I
 from minqwen.run import locked
@@ -332,7 +332,7 @@ def command_line() -> Parser:
     add("--control", metavar="DIR", nargs="+", help="folders of Picture 1, Picture 2, ..., same names; None: draw")
     add("--cache", metavar="DIR", required=True, help="folder for the results, one safetensors file a sample")
     model_options(parser)
-    add("--area", type=number(int, 32**2, 2**26), help="pixels at work, 1048576 is 1024x1024; None: the checkpoint's")
+    add("--area", type=number(int, 32**2, MAX_AREA), help="pixels at work, 1024x1024 is 1048576; None: as the model")
     add("--prune", action="store_true", help="delete files in the cache that belong to no sample of this run")
     add("--quiet", action="store_true", help="no progress bar")
     return parser

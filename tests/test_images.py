@@ -59,7 +59,7 @@ def test_halves_round_to_even():
     assert calculate_dimensions(80 * 80, 1) == (64, 64)  # 2.5 -> 2
 
 
-@pytest.mark.parametrize(("area", "ratio"), [(0, 1), (-5, 1), (math.nan, 1), (math.inf, 1)])
+@pytest.mark.parametrize(("area", "ratio"), [(0, 1), (-5, 1), (math.nan, 1), (math.inf, 1), (2**26 + 1, 1)])
 def test_an_area_that_is_no_area_is_refused(area, ratio):
     with pytest.raises(ValueError, match="area"):
         calculate_dimensions(area, ratio)

@@ -606,7 +606,7 @@ def test_what_is_refused_for_its_length_is_what_the_text_encoder_refuses(pipe, r
 
 @pytest.mark.parametrize("area", [0, -1, float("nan")])
 def test_an_area_that_is_none_is_refused_before_any_work(pipe, data, area):
-    with pytest.raises(ValueError, match="area must be a positive number"):
+    with pytest.raises(ValueError, match="area must be a number"):
         run(pipe, data, area=area)
     assert not pipe.prompts
 
