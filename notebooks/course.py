@@ -5,7 +5,18 @@ import platform
 import random
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
+
+if MISSING := [
+    name
+    for name in "einops filelock huggingface_hub matplotlib minqwen numpy PIL safetensors tokenizers torch tqdm".split()
+    if find_spec(name) is None
+]:
+    raise ImportError(
+        f"not installed for {sys.executable}: {', '.join(MISSING)}. Choose the kernel of the environment that make lab "
+        'set up, or, in the repository\'s folder, install what the course needs: pip install -e ".[course]"'
+    )
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -119,6 +119,25 @@ def test_outputs_are_committed_small_and_quiet(path):
     assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]  # a bar at 0 %
 
 
+# ---------------------------------------------------------------------------------------------- the first cell
+
+FIRST = re.compile(
+    r"import sys\n\nsys\.path .*\ntry:\n(?:    from (?:course|checks) import .*\n)+(except .*(?:\n    .*)+)"
+)
+
+
+@pytest.mark.parametrize("path", [*CHAPTERS, *EXERCISES, *SOLUTIONS], ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_notebook_opened_alone_says_how_to_get_its_repository(path, tmp_path):
+    first, other = (code(each)[0].source for each in (path, CHAPTERS[0]))
+    assert FIRST.match(first)[1] == FIRST.match(other)[1], "the same in all notebooks"
+    bare = [sys.executable, "-I", "-S", "-c", first]  # without any packages
+    done = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
+    said = done.stderr.split("ModuleNotFoundError: ")[1]
+    readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
+    assert said.startswith("No module named 'c")
+    assert re.search(r"^git clone \S+ minqwen", readme, re.MULTILINE)[0] in said.replace("!", "").splitlines()
+
+
 # --------------------------------------------------------------------------------------------------- exercises
 
 

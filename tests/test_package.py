@@ -91,6 +91,14 @@ def test_the_yardsticks_are_pinned_and_torch_has_both_ends():
     assert ">=" in torch and "<=" in torch, "an open range pulls gigabytes of untested builds"
 
 
+def test_what_is_not_installed_is_named():
+    bare = [sys.executable, "-S", "-c", "import course"]
+    done = subprocess.run(bare, cwd=ROOT / "notebooks", capture_output=True, text=True, encoding="utf-8")
+    declared = {requirement_name(r) for r in PYPROJECT["project"]["dependencies"]} | {"minqwen", "matplotlib"}
+    named = re.search(r"not installed for [^:]+: (.*?)\. Choose", done.stderr)[1].split(", ")
+    assert set(named) == {IMPORTED_AS.get(name, name) for name in declared}
+
+
 def test_every_dependency_has_a_floor_and_tests_need_what_the_course_needs():
     extras = PYPROJECT["project"]["optional-dependencies"]
     assert sorted(extras) == ["course", "test"] and "minqwen[course]" in extras["test"]
