@@ -31,7 +31,7 @@ help:
 	@echo "make bench      set everything up, then measure speed against diffusers"
 	@echo "make bench-bits      count what weights of 8, 4 and 3 bits cost: half an hour, or less with BENCH_ARGS='--count 20'"
 	@echo "make bench-released  run the released geometry at 4 bits: 40 minutes, or less with BENCH_ARGS='--layers 2'"
-	@echo "make floors     run the fast tests with the lowest and the highest versions of all dependencies"
+	@echo "make floors     run the fast tests with the lowest and the highest versions of everything, the oldest and the newest Python"
 	@echo "make fuzz       try 20,000 damaged and unusual inputs"
 	@echo "make kills      kill long work 100 times at random moments, and compare its bytes"
 	@echo "make timings    time tests, notebooks and an edit on this machine, and write the rows into README.md"
@@ -44,7 +44,7 @@ help:
 	@echo "LAB_ARGS='--port 9999'       arguments for JupyterLab"
 	@echo "TINY_ARGS='--share 0.01'     arguments for data/recipes/make_tiny.py"
 	@echo "TEST_ARGS='-k rope'          arguments for pytest, in 'make check', 'make test' and 'make bench'"
-	@echo "FLOORS_ARGS=lowest           arguments for tests/floors.py"
+	@echo "FLOORS_ARGS='--python 3.12'  arguments for tests/floors.py"
 
 lab: setup
 	@set -- --ServerApp.root_dir="$$PWD" --LabApp.default_url=/lab/tree/$(NOTEBOOK); \
@@ -92,7 +92,7 @@ bench-released: setup-test
 	@PYTHONPATH=tests $(PY) tests/benchmarks/bench_released.py $(SMALL) $(BENCH_ARGS)
 
 floors: setup-test
-	@$(PY) tests/floors.py $(FLOORS_ARGS)
+	@$(PY) tests/floors.py --write $(FLOORS_ARGS)
 
 fuzz: setup-test
 	@$(PY) tests/fuzz.py --write $(BENCH_ARGS)

@@ -105,6 +105,22 @@ def test_every_dependency_has_a_floor_and_tests_need_what_the_course_needs():
     assert all("==" in floors.lowest(requirement) for requirement in floors.ALL)
 
 
+def test_the_table_of_floors_is_read_as_it_is_written():
+    shown = ["–"] * len(floors.SHOWN)
+    rows = {("3.13", "highest"): ["3.13.0", "highest", *shown, "9", "0", "0"]}
+    rows |= {("3.11", step): ["3.11.7", step, *shown, "not installed", "", ""] for step in ("yardsticks", "lowest")}
+    lines = floors.table(rows)
+    assert [line.split()[1:4:2] for line in lines[2:]] == [
+        ["3.11.7", "lowest"],
+        ["3.11.7", "yardsticks"],
+        ["3.13.0", "highest"],
+    ]
+    assert floors.table_of("\n".join(lines)) == rows
+    assert floors.table(floors.table_of(floors.PAGE.read_text(encoding="utf-8")))[0] == lines[0]
+    suite = '<testsuite tests="9" skipped="1" failures="2" errors="3" />'
+    assert floors.counts(f"<testsuites>{suite}</testsuites>") == (3, 1, 5)
+
+
 def test_environment_yml_is_thin():
     yaml = pytest.importorskip("yaml")
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
