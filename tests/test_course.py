@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import situations
 import tools
 import torch
 
@@ -136,6 +137,12 @@ def test_a_notebook_opened_alone_says_how_to_get_its_repository(path, tmp_path):
     readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
     assert said.startswith("No module named 'c")
     assert re.search(r"^git clone \S+ minqwen", readme, re.MULTILINE)[0] in said.replace("!", "").splitlines()
+
+
+@pytest.mark.slow
+def test_a_notebook_works_in_every_situation():
+    found = situations.faults(EXERCISES[0].relative_to(NOTEBOOKS.parent).as_posix(), situations.SITUATIONS)
+    assert found == {situation: [] for situation in situations.SITUATIONS}
 
 
 # --------------------------------------------------------------------------------------------------- exercises
