@@ -122,9 +122,7 @@ def test_outputs_are_committed_small_and_quiet(path):
 
 # ---------------------------------------------------------------------------------------------- the first cell
 
-FIRST = re.compile(
-    r"import sys\n\nsys\.path .*\ntry:\n(?:    from (?:course|checks) import .*\n)+(except .*(?:\n    .*)+)"
-)
+FIRST = re.compile(r"import sys\n\nsys\.path .*\ntry:\n(?:    from .* import .*\n)+(except .*(?:\n    .*)+)")
 
 
 @pytest.mark.parametrize("path", [*CHAPTERS, *EXERCISES, *SOLUTIONS], ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -135,7 +133,7 @@ def test_a_notebook_opened_alone_says_how_to_get_its_repository(path, tmp_path):
     done = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8")
     said = done.stderr.split("ModuleNotFoundError: ")[1]
     readme = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
-    assert said.startswith("No module named 'c")
+    assert said.startswith("No module named")
     assert re.search(r"^git clone \S+ minqwen", readme, re.MULTILINE)[0] in said.replace("!", "").splitlines()
 
 
