@@ -27,6 +27,9 @@ AS_ON_WINDOWS = r"""
 import os, runpy, sys, warnings
 from pathlib import Path
 import filelock  # has a lock of its own for Windows
+import tqdm.utils
+
+tqdm.utils.IS_WIN, tqdm.utils.IS_NIX = True, False  # old ones fail where neither Windows nor termios is
 
 for name in ("resource", "fcntl", "pwd", "grp", "termios"):
     sys.modules[name] = None  # importing it is an ImportError
