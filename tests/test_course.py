@@ -22,6 +22,7 @@ BUILT = [path for path in CHAPTERS if path.name[:2] in tools.SHOWN]  # those tha
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
 NUMBERS = [path.name[:2] for path in SOLUTIONS]
 EXERCISES = sorted((NOTEBOOKS / "exercises").glob("*.ipynb"))
+ALL = [*CHAPTERS, *sorted(NOTEBOOKS.glob("[a-z]*/[0-9][0-9]_*.ipynb"))]
 MOST_BYTES = 1_500_000
 
 
@@ -125,7 +126,7 @@ def test_outputs_are_committed_small_and_quiet(path):
 FIRST = re.compile(r"import sys\n\nsys\.path .*\ntry:\n(?:    from .* import .*\n)+(except .*(?:\n    .*)+)")
 
 
-@pytest.mark.parametrize("path", [*CHAPTERS, *EXERCISES, *SOLUTIONS], ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("path", ALL, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_notebook_opened_alone_says_how_to_get_its_repository(path, tmp_path):
     first, other = (code(each)[0].source for each in (path, CHAPTERS[0]))
     assert FIRST.match(first)[1] == FIRST.match(other)[1], "the same in all notebooks"
