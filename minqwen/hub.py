@@ -8,22 +8,23 @@ The surprise: a server may answer with other bytes than were asked for, or with 
 which bytes they are, and is looked at before the first of them is read. Tests: tests/test_hub.py. Chapter 05.
 """
 
+import hashlib
 import json
 import math
 import time
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
-from huggingface_hub.errors import HTTPError as NetworkError  # of httpx or httpx2, as huggingface_hub's version has it
+from huggingface_hub import _CACHED_NO_EXIST, constants, errors, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import build_hf_headers, get_session
 from tqdm import tqdm
 
-WAITS = (1, 2, 4)  # seconds before each new attempt to read a range
-PATIENCE = 4  # seconds until a hub from which nothing comes at all counts as away
+# Seconds: before each new attempt; the most, if the hub asks for more; until a hub from which nothing comes is away.
+WAITS, LONGEST, PATIENCE = (1, 2, 4), 120, 4
 TRY_AGAIN = (None, 429, 500, 502, 503, 504)  # None: no answer
+HINT = "run it again, or name a folder that holds all files in place of the repository"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I8": torch.int8, "U8": torch.uint8}  # fmt: skip
 
@@ -35,52 +36,59 @@ class Repository:
     """
 
     def __init__(self, name: str, revision: str | None = None):
-        self.name, self.revision = name, revision
-        self.fetched, self.reached = 0, False
-        self.tables, self.sizes = {}, {}  # of files: what their headers hold; how large they are, in words, if known
+        self.name, self.revision, self.fetched, self.reached = name, revision, 0, False
+        # Of files: what their headers hold; how large they are, in words, if known; which content was read first.
+        self.tables, self.sizes, self.versions = {}, {}, {}
 
     def cached(self, file: str) -> bool:
         """Whether a file is on this disk already."""
         return isinstance(try_to_load_from_cache(self.name, file, revision=self.revision), str)
 
     def download(self, file: str) -> Path | None:
-        """A file on this disk, where an interrupted download goes on; None if the repository has no such file.
+        """A file on this disk; None if the repository has no such file.
 
-        Raises ConnectionError if the hub cannot be reached, FileNotFoundError if it does not give the repository.
+        A line that breaks is taken up where it broke. A run that is cut off keeps the files that are whole; from
+        huggingface-hub 1.18 on the next one begins the broken file anew.
+        Raises ConnectionError if the hub cannot be reached or sends other bytes than it says, FileNotFoundError if it
+        does not give the repository, OSError if the disk does not take the file.
         """
         cached = try_to_load_from_cache(self.name, file, revision=self.revision)
         if cached is not None:
             return None if cached is _CACHED_NO_EXIST else Path(cached)
         self._reach(file)
-        try:
-            return Path(hf_hub_download(self.name, file, revision=self.revision))
-        except RemoteEntryNotFoundError:
-            return None
-        except HfHubHTTPError as error:
-            raise FileNotFoundError(f"cannot read {self.name} on the hub: {error}") from None
-        except (LocalEntryNotFoundError, NetworkError, RuntimeError) as error:  # the last is hf_xet's, which downloads
-            hint = "run it again to go on, or name a folder that holds all files"
-            raise ConnectionError(f"cannot download {file} of {self.name}: {error}; {hint}") from None
+        for wait in (*WAITS, None):
+            try:
+                return _verified(Path(hf_hub_download(self.name, file, revision=self.revision)))
+            except errors.RemoteEntryNotFoundError:
+                return None
+            except (errors.HTTPError, OSError, RuntimeError) as error:  # the last is hf_xet's, which downloads
+                refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in TRY_AGAIN
+                if wait is None or refused or not isinstance(error, errors.HTTPError):
+                    kind = FileNotFoundError if refused else OSError if getattr(error, "errno", 0) else ConnectionError
+                    told = f"{file} of {self.name}{self.sizes.get(file, '')} on the hub to {constants.HF_HUB_CACHE}"
+                    raise kind(f"cannot download {told}: {error.__cause__ or error}; {HINT}") from None
+            time.sleep(wait)
 
     def first(self, files: list[str]) -> str | None:
         """The first of these files that exists; what is on this disk goes before what must be asked for."""
+        here = list(filter(self.cached, files))
         absent = [f for f in files if try_to_load_from_cache(self.name, f, revision=self.revision) is None]
-        if len(absent) > 1 and not any(map(self.cached, files)):
+        if len(absent) > 1 and not here:
             self._reach(" or ".join(absent))
-        return next(chain(filter(self.cached, files), filter(self._exists, absent)), None)  # asks no more than it must
+        return here[0] if here else next(filter(self._exists, absent), None)  # asks no more than it must
 
     def _reach(self, file: str) -> None:
         """Ask once, and not for long, whether a hub is there: new attempts are for one that stumbles."""
         if self.reached:
             return
         url = hf_hub_url(self.name, file.split(" ")[0], revision=self.revision)
-        try:
-            get_session().head(url, headers=build_hf_headers(), timeout=PATIENCE)
-        except (NetworkError, ConnectionError) as error:
-            if isinstance(error, ConnectionError) or type(error).__name__ in ("ConnectError", "ConnectTimeout"):
-                missing = f"{file} of {self.name}{self.sizes.get(file, '')}, which is not in the cache: the hub is away"
-                hint = "run it again with a network, or name a folder that holds all files"
-                raise ConnectionError(f"cannot download {missing} ({error}); {hint}") from None
+        head = ThreadPoolExecutor(1).submit(get_session().head, url, headers=build_hf_headers(), timeout=PATIENCE)
+        try:  # in a thread: looking up a name takes any time, and each of its addresses is tried for PATIENCE
+            head.result(PATIENCE + 0.5)
+        except (errors.HTTPError, ConnectionError, TimeoutError) as error:
+            if isinstance(error, OSError) or type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+                told = f"{file} of {self.name}{self.sizes.get(file, '')}, not cached: {constants.ENDPOINT} is away"
+                raise ConnectionError(f"cannot download {told} ({error!r}); {HINT}") from None
         self.reached = True
 
     def _exists(self, file: str) -> bool:
@@ -109,8 +117,7 @@ class Repository:
 
     def announce(self, what: str, places: dict[str, str]) -> None:
         """Before tensors (name -> its file) come: how much it will be. Says nothing if all are on this disk."""
-        absent = {file for file in set(places.values()) if not self.cached(file)}
-        ranges = [self._entry(file, name)["data_offsets"] for name, file in places.items() if file in absent]
+        ranges = [self._entry(file, name)["data_offsets"] for name, file in places.items() if not self.cached(file)]
         if ranges:
             size = tqdm.format_sizeof(sum(stop - start for start, stop in ranges), "B")
             print(f"{what}: {len(ranges)} tensors, {size} from {self.name}", flush=True)
@@ -122,43 +129,59 @@ class Repository:
 
     def tensors(self, file: str, names: list[str]) -> dict[str, torch.Tensor]:
         """Tensors of a file by byte ranges, as stored."""
-        tensors = {}
-        for name in tqdm(names, desc=file, unit=" tensors", leave=False):
-            entry = self._entry(file, name)
-            tensors[name] = _tensor(name, self.fetch(file, *entry["data_offsets"]), entry)
-        return tensors
+        entries = ((name, self._entry(file, name)) for name in tqdm(names, desc=file, unit=" tensors", leave=False))
+        return {name: _tensor(name, self.fetch(file, *entry["data_offsets"]), entry) for name, entry in entries}
 
     # Not HfFileSystem (tried with huggingface-hub 2.4): it takes bytes of another range for those it asked for, reads
     # the whole file where ranges are ignored, and asks three questions more.
     def fetch(self, file: str, start: int, stop: int) -> bytes:
-        """Bytes start to stop of a file. Raises FileNotFoundError, or ConnectionError after some attempts."""
+        """Bytes start to stop of a file.
+
+        Raises FileNotFoundError; ConnectionError after some attempts, or if the file is another one than it was before.
+        """
         self._reach(file)
         url = hf_hub_url(self.name, file, revision=self.revision)
         for wait in (*WAITS, None):
             try:
-                status, told, data = _ask(url, start, stop)
-            except NetworkError as error:
-                status, told, data = None, f"{type(error).__name__}: {error}", b""
+                status, told, data, later, version = _ask(url, start, stop)
+            except errors.HTTPError as error:
+                status, told, data, later, version = None, f"{type(error).__name__}: {error}", b"", 0, None
             if wait is None or status not in TRY_AGAIN:
                 break
-            time.sleep(wait)
+            time.sleep(max(wait, min(later, LONGEST)))
         if status in (401, 403, 404):
             raise FileNotFoundError(f"{self.name} on the hub has no readable {file} (HTTP {status})")
         if len(data) != stop - start:
             hint = "" if status in TRY_AGAIN else "; the server does not serve byte ranges, or the file is cut off"
             raise ConnectionError(f"cannot read {url}, bytes {start} to {stop}: {told}, {len(data)} bytes read{hint}")
+        if self.versions.setdefault(file, version) != version:
+            raise ConnectionError(f"{self.name}/{file} on the hub changed while it was read: begin anew")
         self.fetched += len(data)
         return data
 
 
-def _ask(url: str, start: int, stop: int) -> tuple[int, str, bytes]:
-    """One request for a range: the status, what the answer says of itself, and its bytes if they are the range's."""
+def _ask(url: str, start: int, stop: int) -> tuple[int, str, bytes, int, tuple]:
+    """One request for a range: the status, what the answer says of itself, its bytes if they are the range's, how many
+    seconds it asks to wait, and which content of the file it is of."""
     headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
-        got = answer.headers.get("Content-Range", "no range")
-        fits = answer.status_code == 206 and got.startswith(f"bytes {start}-{stop - 1}/")
-        data = answer.read() if fits else b""  # what does not fit may be 41 GB
-    return answer.status_code, f"HTTP {answer.status_code}, {got}", data
+    # A silent line raises after this many seconds: huggingface_hub's sessions may wait for ever.
+    with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
+        got, later = answer.headers.get("Content-Range", "no range"), answer.headers.get("Retry-After", "")
+        # What does not fit may be 41 GB.
+        data = answer.read() if answer.status_code == 206 and got.startswith(f"bytes {start}-{stop - 1}/") else b""
+    # Which content it is, the hub says where it redirects to a CDN, whose own ETag may differ from machine to machine.
+    hub = (answer, *answer.history)[-1].headers
+    version = hub.get("X-Linked-Etag", hub.get("ETag")), got.rpartition("/")[2]
+    return answer.status_code, f"HTTP {answer.status_code}, {got}", data, int(later) if later.isdigit() else 0, version
+
+
+def _verified(path: Path) -> Path:
+    """A file that was just downloaded, unless its bytes are not those whose SHA-256 names it in the cache."""
+    blob = path.parent / path.readlink() if path.is_symlink() else path
+    if len(blob.name) == 64 and hashlib.sha256(np.memmap(blob, np.uint8)).hexdigest() != blob.name:
+        blob.unlink()
+        raise ConnectionError("its bytes are not those that the hub announced")
+    return path
 
 
 def _tensor(name: str, data: bytes, entry: dict) -> torch.Tensor:

@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import warnings
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ SMALL_FILES = {
     "processor": ("preprocessor_config.json", "processor_config.json"),
     "scheduler": ("scheduler_config.json",),
 }  # fmt: skip
+OPTIONAL = ("added_tokens.json", "tokenizer.json", "special_tokens_map.json", "processor_config.json")
 SCHEDULER = "scheduler/scheduler_config.json"
 ROOM = 1.01  # times what is left to write must be free on the disk, for headers and small files
 
@@ -226,13 +228,14 @@ def write_index(component: str, files: dict[str, Path]) -> None:
 
 
 def write_small_files(source: Checkpoint, out: Path) -> None:
-    """Tokenizer, image processor and schedule as they are."""
+    """Tokenizer, image processor and schedule as they are; without a network, the optional ones that are cached."""
     for component, names in SMALL_FILES.items():
         for name in names:
-            if path := source.file(f"{component}/{name}"):
-                (out / component).mkdir(exist_ok=True)
-                with whole_file(out / component / name) as beside:
-                    shutil.copyfile(path, beside)
+            with suppress(ConnectionError) if name in OPTIONAL else nullcontext():
+                if path := source.file(f"{component}/{name}"):
+                    (out / component).mkdir(exist_ok=True)
+                    with whole_file(out / component / name) as beside:
+                        shutil.copyfile(path, beside)
 
 
 def command_line() -> Parser:

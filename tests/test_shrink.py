@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hub import ask_only, serving
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,7 @@ from minqwen.pipeline import QwenImagePipeline
 from minqwen.precompute import Sample
 from minqwen.quantize import FORMAT, QuantizedLinear, quantize_blocks
 from minqwen.shrink import main, shrink
+from minqwen.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny"
@@ -118,6 +120,22 @@ def test_from_the_hub_it_is_the_same_and_reads_each_byte_once(small, tmp_path, m
     assert "owner/name: reads 16.1MB, writes 11.1MB to" in capsys.readouterr().out
     sizes = sum(path.stat().st_size for path in TINY.glob("*/*.safetensors"))
     assert hub.sent_weights() < 1.05 * sizes
+
+
+def test_without_a_network_the_cache_need_not_hold_what_is_optional(tmp_path, monkeypatch):
+    names = [f"{folder}/{name}" for folder, names in library.SMALL_FILES.items() for name in names]
+    needed = {name for name in names if Path(name).name not in library.OPTIONAL}
+    with serving(TINY) as hub:
+        ask_only(hub, tmp_path / "cache", monkeypatch)
+        for name in needed:
+            hf_hub_download("owner/name", name)
+    library.write_small_files(Checkpoint("owner/name"), tmp_path)
+    written = {name for name in names if (tmp_path / name).exists()}
+    assert written == needed and all((tmp_path / n).read_bytes() == (TINY / n).read_bytes() for n in needed)
+    load_tokenizer(tmp_path / "tokenizer")
+    (next(tmp_path.glob("cache/*/snapshots/*")) / "tokenizer" / "merges.txt").unlink()
+    with pytest.raises(ConnectionError, match="tokenizer/merges.txt of owner/name.*name a folder"):
+        library.write_small_files(Checkpoint("owner/name"), tmp_path)
 
 
 def test_a_lora_is_merged_first(tmp_path):
