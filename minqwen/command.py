@@ -95,6 +95,7 @@ def one_line(command: str, interrupted: str = "interrupted", status: int = 130) 
 
     interrupted, status: what it says and ends with at Ctrl-C.
     """
+    sys.stdout.reconfigure(errors="replace")  # a console of Windows may lack a letter of a folder's name
     try:
         yield
     except KeyboardInterrupt:

@@ -28,11 +28,10 @@ from minqwen.files import whole_file
 from minqwen.images import MAX_AREA, MAX_SIDE
 from minqwen.lightning import load_lightning, steps_of
 from minqwen.lora import load_lora
-from minqwen.lora_files import read_lora
 from minqwen.memory import WAYS
 from minqwen.pipeline import PARTS, QwenImagePipeline
 from minqwen.prompt import IMAGE_PAD
-from minqwen.transformer import QwenImageTransformer2DModel
+from minqwen.shrink import adapters_of
 
 
 def command_line() -> Parser:
@@ -106,9 +105,7 @@ def open_model(asked: argparse.Namespace) -> QwenImagePipeline:
     open_pipeline(asked, tuple(PARTS)).check_pictures(len(asked.pictures))
     if not asked.lora:
         return open_pipeline(asked, memory=asked.memory)
-    with torch.device("meta"):  # names and shapes without weights
-        shapes = QwenImageTransformer2DModel(**Checkpoint(asked.model).config("transformer/config.json"))
-    read_lora(asked.lora, shapes)
+    adapters_of(Checkpoint(asked.model), asked.lora)
     pipe = open_pipeline(asked, memory=asked.memory)
     if steps := steps_of(asked.lora):
         load_lightning(pipe, asked.lora, asked.lora_scale)
@@ -143,5 +140,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a console of Windows may lack a letter of a folder's name
     main()

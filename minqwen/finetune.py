@@ -14,7 +14,6 @@ As a command: python -m minqwen.finetune --help
 import hashlib
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
@@ -288,8 +287,7 @@ def save_result(pipe: QwenImagePipeline, folder: Path, rank: int | None) -> None
         return save_lora(pipe.transformer, folder / LORA)
     folder = folder / "transformer"
     folder.mkdir(exist_ok=True)
-    config = {"_class_name": type(pipe.transformer).__name__} | pipe.transformer.config
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", {"_class_name": type(pipe.transformer).__name__} | pipe.transformer.config)
     with whole_file(folder / "diffusion_pytorch_model.safetensors") as path:
         save_file(pipe.transformer.state_dict(), path, {"format": "pt"})
 
@@ -340,15 +338,12 @@ def main(arguments: list[str] | None = None) -> None:
     Path(asked.out).mkdir(parents=True, exist_ok=True)
     image = asked.preview_image and read_picture(asked.preview_image)
     prompt = asked.preview_prompt
-    without, memory = () if prompt else ("text_encoder", "vae"), "turns" if asked.levels else "resident"
-    pipe = open_pipeline(asked, without, memory)
+    pipe = open_pipeline(asked, () if prompt else ("text_encoder", "vae"), "turns" if asked.levels else "resident")
     preview = prompt and picture_preview(pipe, asked.out, prompt, image)
     log = finetune(pipe, dataset, asked.out, preview=preview, progress=not asked.quiet, **keywords)
-    losses = [row.loss for row in log[-100:]]
-    mean = sum(losses) / len(losses)
-    print(f"{log[-1].step + 1} steps in {asked.out}, mean loss of the last {len(losses)} samples {mean:.4f}")
+    last = torch.tensor([row.loss for row in log[-100:]])
+    print(f"{log[-1].step + 1} steps in {asked.out}, mean loss of the last {len(last)} samples {last.mean():.4f}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a console of Windows may lack a letter of a folder's name
     main()

@@ -61,9 +61,10 @@ class Shell:
         self.module.comes_and_goes = True
         unread = unread_layers(self.stored)
         for name in unread:
-            self.module.get_submodule(name).forward = unchanged
+            self.module.get_submodule(name).forward = nn.Identity().forward
         self.left_out = tuple(name for name in self.stored if MODULATION in name or name.startswith(unread))
-        for name in block_lists(self.stored) if streams else ():
+        blocks = {BLOCK.match(each)[0].rsplit(".", 2)[0] for each in self.stored} - {""}  # "transformer_blocks"
+        for name in sorted(blocks) if streams else ():
             self.module.set_submodule(name, self.streamed(name, lambda each: each not in self.left_out))
             self.left_out += tuple(each for each in self.stored if each.startswith(f"{name}."))
 
@@ -164,19 +165,10 @@ def at_level(vectors: tuple[Tensor, Tensor], row: int) -> tuple[Tensor, Tensor]:
     return img[row :: len(txt)], txt[row : row + 1]
 
 
-def unchanged(x: Tensor) -> Tensor:
-    return x
-
-
 def unread_layers(names: Iterable[str]) -> tuple[str, ...]:
     """Those of UNREAD in the last block of a transformer, by their whole names; none in another part."""
     last = max((int(name.split(".")[1]) for name in names if name.startswith(f"{BLOCKS}.")), default=None)
     return () if last is None else tuple(f"{BLOCKS}.{last}.{layer}" for layer in UNREAD)
-
-
-def block_lists(names: dict[str, Tensor]) -> list[str]:
-    """The lists of blocks among the names of tensors: "transformer_blocks", or "model.layers" and "visual.blocks"."""
-    return sorted({BLOCK.match(name)[0].rsplit(".", 2)[0] for name in names if BLOCK.match(name)[0]})
 
 
 class Turns:

@@ -354,5 +354,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a console of Windows may lack a letter of a folder's name
     main()

@@ -15,9 +15,9 @@ import json
 import math
 import os
 import shutil
-import sys
 import warnings
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,6 +44,7 @@ SMALL_FILES = {
 }  # fmt: skip
 OPTIONAL = ("added_tokens.json", "tokenizer.json", "special_tokens_map.json", "processor_config.json")
 SCHEDULER = "scheduler/scheduler_config.json"
+in_gb = partial(tqdm.format_sizeof, suffix="B")
 ROOM = 1.01  # times what is left to write must be free on the disk, for headers and small files
 
 
@@ -65,7 +66,9 @@ def shrink(
     """
     check_bits(bits)
     source, out = Checkpoint(path_or_repo), Path(out)
-    adapters = adapters_of(source, lora, lora_scale) if lora else {}
+    adapters, unmatched = adapters_of(source, lora, lora_scale) if lora else ({}, [])
+    if unmatched:
+        warnings.warn(f"{lora}: {len(unmatched)} keys fit nothing, such as {unmatched[0]}", stacklevel=2)
     told = (part for name, pair in sorted(adapters.items()) for part in (name, *pair))
     asked = {"format": FORMAT, "bits": bits, "of": fingerprint(source), "lora": digest(told) if lora else None}
     files = {component: files_of(source, out, component) for component in STEMS}
@@ -142,14 +145,13 @@ def fingerprint(source: Checkpoint) -> str:
     return digest(told)
 
 
-def adapters_of(source: Checkpoint, lora: str | os.PathLike, scale: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """The adapters of a LoRA file: the name of a weight -> (A, B), B times its scale."""
+def adapters_of(source: Checkpoint, lora: str | os.PathLike, scale: float = 1.0) -> tuple[dict, list[str]]:
+    """The adapters of a LoRA file: the name of a weight -> (A, B), B times its scale. And the keys that fit nothing."""
     with torch.device("meta"):
         model = QwenImageTransformer2DModel(**source.config("transformer/config.json"))
     found, unmatched = read_lora(lora, model)
-    if unmatched:
-        warnings.warn(f"{lora}: {len(unmatched)} keys fit nothing, such as {unmatched[0]}", stacklevel=2)
-    return {f"{name}.weight": (down.float(), scale * own * up.float()) for name, (down, up, own) in found.items()}
+    weights = {f"{name}.weight": (down.float(), scale * own * up.float()) for name, (down, up, own) in found.items()}
+    return weights, unmatched
 
 
 def files_of(source: Checkpoint, out: Path, component: str) -> dict[str, Path]:
@@ -212,10 +214,6 @@ def size_at(shape: tuple[int, ...], bits: int | None, stored: int) -> int:
     return rows * (columns + 4) if bits == 8 else rows * pairs * (GROUP + 8)
 
 
-def in_gb(count: float) -> str:
-    return tqdm.format_sizeof(count, "B")
-
-
 def write_index(component: str, files: dict[str, Path]) -> None:
     """The index that says which of a component's files holds what."""
     places, total = {}, 0
@@ -265,5 +263,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a console of Windows may lack a letter of a folder's name
     main()
