@@ -47,13 +47,12 @@ class Repository:
     def download(self, file: str) -> Path | None:
         """A file on this disk; None if the repository has no such file.
 
-        A line that breaks is taken up where it broke. A run that is cut off keeps the files that are whole; from
-        huggingface-hub 1.18 on the next one begins the broken file anew.
+        A broken line is tried again, and a run that was cut off keeps the files that are whole. Whether the broken one
+        goes on where it broke is up to huggingface_hub: before 1.18 always, since then only within a run, if at all.
         Raises ConnectionError if the hub cannot be reached or sends other bytes than it says, FileNotFoundError if it
         does not give the repository, OSError if the disk does not take the file.
         """
-        cached = try_to_load_from_cache(self.name, file, revision=self.revision)
-        if cached is not None:
+        if (cached := try_to_load_from_cache(self.name, file, revision=self.revision)) is not None:
             return None if cached is _CACHED_NO_EXIST else Path(cached)
         self._reach(file)
         for wait in (*WAITS, None):
@@ -63,7 +62,8 @@ class Repository:
                 return None
             except (errors.HTTPError, OSError, RuntimeError) as error:  # the last is hf_xet's, which downloads
                 refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code not in TRY_AGAIN
-                if wait is None or refused or not isinstance(error, errors.HTTPError):
+                busy = isinstance(error, errors.HTTPError) or hasattr(error.__cause__, "response")
+                if wait is None or refused or not busy:
                     kind = FileNotFoundError if refused else OSError if getattr(error, "errno", 0) else ConnectionError
                     told = f"{file} of {self.name}{self.sizes.get(file, '')} on the hub to {constants.HF_HUB_CACHE}"
                     raise kind(f"cannot download {told}: {error.__cause__ or error}; {HINT}") from None
