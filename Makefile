@@ -65,8 +65,9 @@ check: setup-test
 	@$(PY) -m pytest $(parallel) -p no:nbmake --durations=10 -m "not slow" $(TEST_ARGS)
 
 test: setup-test
-	@echo "1 of 2: checking the style of library, tests and notebooks (ruff)."
+	@echo "1 of 2: checking the style of library, tests and notebooks (ruff); how long the lessons are."
 	@$(PY) -m ruff check .
+	@$(PY) notebooks/tools.py --count
 	@echo "2 of 2: testing the library, part by part, against diffusers and transformers, while every notebook runs from"
 	@echo "        top to bottom, tier $${MINQWEN_TIER:-tiny} (pytest, nbmake)."
 	@$(PY) -m pytest $(parallel) --durations=25 --nbmake --nbmake-timeout=900 tests notebooks $(TEST_ARGS)
@@ -82,7 +83,7 @@ bench: setup-test
 notebooks: setup-test
 	@echo "Bringing the chapters' definitions and the exercises up to date, then running chapters and solutions in place."
 	@$(PY) notebooks/tools.py
-	@$(PY) -m jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace notebooks/*.ipynb notebooks/solutions/*.ipynb
+	@$(PY) -m jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace notebooks/*.ipynb notebooks/*/[0-9]*.ipynb
 
 bench-bits: setup-test
 	@PYTHONPATH=tests $(PY) tests/benchmarks/bench_bits.py --write $(BENCH_ARGS)

@@ -36,13 +36,8 @@ BLUE, GREEN, RED, GREY, ORANGE = "#3b76af", "#4f9a5b", "#c0504d", "#8a8a8a", "#d
 _STARTED = time.time()
 
 
-def start(seed: int = 0) -> None:
-    """Seeds every generator, sets the style of figures, prints what this run runs on."""
-    if TIER not in ("tiny", "slice", "full"):
-        raise ValueError(f"MINQWEN_TIER is {TIER!r}: expected tiny, slice or full")
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+def style() -> None:
+    """One look for all figures."""
     plt.rcParams |= {
         "figure.facecolor": "white",  # readable on a dark page too
         "figure.constrained_layout.use": True,
@@ -57,6 +52,16 @@ def start(seed: int = 0) -> None:
         "legend.fontsize": 8,
         "image.interpolation": "nearest",
     }
+
+
+def start(seed: int = 0) -> None:
+    """Seeds every generator, sets the style of figures, prints what this run runs on."""
+    if TIER not in ("tiny", "slice", "full"):
+        raise ValueError(f"MINQWEN_TIER is {TIER!r}: expected tiny, slice or full")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    style()
     print(f"tier {TIER} | {DEVICE} | Python {platform.python_version()} | PyTorch {torch.__version__.split('+')[0]}")
 
 

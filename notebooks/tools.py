@@ -1,4 +1,4 @@
-"""Keeps the notebooks and the library the same: python notebooks/tools.py [--check]
+"""Keeps the notebooks and the library the same: python notebooks/tools.py [--check | --count]
 
 Writes the definitions of the library into the chapters' cells that begin with "# minqwen/FILE.py: NAME, NAME", and the
 exercises, which are the solutions without what stands between "# solution" and "# end". With --check it changes
@@ -110,6 +110,34 @@ def _empty(region: re.Match) -> str:
     return f"{indent}raise NotImplementedError  # your code here" if indent else "# your code here"
 
 
+def lessons() -> list[Path]:
+    """The chapters, in order."""
+    return sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
+
+
+def appendices() -> list[Path]:
+    """What proves the lessons: the file to the letter, other programs, released weights, cost. Not all have one yet."""
+    return sorted((HERE / "appendix").glob("*.ipynb"))
+
+
+def holders() -> dict[str, Path]:
+    """Of each chapter that shows definitions, the notebook in which they stand: its appendix, or itself."""
+    found = {path.name[:2]: path for path in [*lessons(), *appendices()]}
+    return {number: found[number] for number in SHOWN}
+
+
+def measured(path: Path) -> dict[str, int]:
+    """How long a lesson is: words, lines of code, the longest of them, lines of code before the first explanation."""
+    words, lines, before = 0, [], None
+    for cell in read(path).cells:
+        if cell.cell_type == "markdown":
+            words += len(cell.source.split())
+            before = len(lines) if before is None and lines else before
+        else:
+            lines += [line for line in cell.source.splitlines() if line.strip()]
+    return {"words": words, "lines": len(lines), "longest": max(map(len, lines)), "before": before}
+
+
 def read(path: Path):
     return nbformat.read(path, as_version=4)
 
@@ -117,9 +145,16 @@ def read(path: Path):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say what is out of date")
-    check, late = parser.parse_args().check, []
-    for path in sorted(HERE.glob("[0-9][0-9]_*.ipynb")):
-        notebook, faults = sync(read(path), path.name[:2])
+    parser.add_argument("--count", action="store_true", help="only say how long the lessons are")
+    asked, late = parser.parse_args(), []
+    if asked.count:
+        for path in lessons():
+            told = "{words} words, {lines} lines of code (longest {longest}), {before} of them before the first word"
+            print(f"{path.stem}: {told.format(**measured(path))}")
+        return 0
+    check, whole = asked.check, set(holders().values())
+    for path in [*lessons(), *appendices()]:
+        notebook, faults = sync(read(path), path.name[:2] if path in whole else "")
         late += [f"{path.name}: {fault}" for fault in faults]
         if faults and not check:
             nbformat.write(notebook, path)

@@ -17,8 +17,8 @@ import torch
 import checks
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-CHAPTERS = sorted(path for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-BUILT = [path for path in CHAPTERS if path.name[:2] in tools.SHOWN]  # those that show definitions and have exercises
+CHAPTERS, APPENDICES = tools.lessons(), tools.appendices()
+BUILT = [path for path in CHAPTERS if path.name[:2] in tools.SHOWN]  # those that have exercises
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
 NUMBERS = [path.name[:2] for path in SOLUTIONS]
 EXERCISES = sorted((NOTEBOOKS / "exercises").glob("*.ipynb"))
@@ -38,10 +38,10 @@ def name(path: Path) -> str:
 
 
 def test_there_is_a_chapter_for_every_file_that_should_be_shown():
-    assert [path.name[:2] for path in BUILT] == list(tools.SHOWN)
+    assert list(tools.holders()) == list(tools.SHOWN) == [path.name[:2] for path in BUILT]
 
 
-@pytest.mark.parametrize("path", BUILT, ids=name)
+@pytest.mark.parametrize("path", tools.holders().values(), ids=name)
 def test_every_definition_stands_in_its_chapter_to_the_letter(path):
     _, faults = tools.sync(tools.read(path), path.name[:2])
     assert not faults, f"{faults}: run python notebooks/tools.py"
@@ -103,14 +103,25 @@ def test_a_chapter_leads_to_its_exercises(path):
     assert f"exercises/{path.name}" in words(path)
 
 
-@pytest.mark.parametrize("path", [*CHAPTERS, *EXERCISES, *SOLUTIONS], ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("path", APPENDICES, ids=name)
+def test_a_lesson_leads_to_its_appendix_and_back(path):
+    assert f"](appendix/{path.name})" in words(NOTEBOOKS / path.name) and f"](../{path.name})" in words(path)
+
+
+def test_what_a_lesson_holds_is_counted(tmp_path):
+    cells = nbformat.v4.new_code_cell("import sys\n\nx = 1"), nbformat.v4.new_markdown_cell("one two *three*")
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "99_a.ipynb")
+    assert tools.measured(tmp_path / "99_a.ipynb") == {"words": 3, "lines": 2, "longest": 10, "before": 2}
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_what_a_notebook_links_to_is_there(path):
     links = re.findall(r"\]\(([^)\s]+)\)", words(path)) + re.findall(r"(?:src|href)=\"([^\"]+)\"", words(path))
     local = [link.split("#")[0] for link in links if "://" not in link and not link.startswith(("#", "attachment:"))]
     assert not [link for link in local if not (path.parent / link).exists()]
 
 
-@pytest.mark.parametrize("path", [*CHAPTERS, *SOLUTIONS], ids=lambda p: f"{p.parent.name}/{p.stem}")
+@pytest.mark.parametrize("path", [*CHAPTERS, *APPENDICES, *SOLUTIONS], ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_outputs_are_committed_small_and_quiet(path):
     assert path.stat().st_size < MOST_BYTES
     counts = [cell.execution_count for cell in code(path)]

@@ -38,7 +38,7 @@ TEXT = {  # two layers of the released kind: grouped heads, three sections of ro
     "image_token_id": 9, "video_token_id": 8, "vision_start_token_id": 7, "vision_end_token_id": 6,
 }  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # matplotlib's, of NumPy
-CHAPTERS = sorted(path for path in NOTEBOOKS.glob("[0-9][0-9]_*.ipynb") if path.name[:2] in tools.SHOWN)
+CHAPTERS = list(tools.holders().values())
 
 
 @pytest.fixture(scope="module")

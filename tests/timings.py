@@ -51,7 +51,10 @@ def chapter_seconds(printed: str) -> dict[str, float]:
 
 def chapter_memory() -> dict[str, float]:
     """Chapter -> gigabytes at the peak, from the outputs that the chapters were committed with."""
-    chapters = {path.name[:2]: path.read_text(encoding="utf-8") for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+    chapters = {path.name[:2]: "" for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+    for place in ("", "appendix"):  # one of the two ends with a ledger
+        for path in (ROOT / "notebooks" / place).glob("[0-9]*.ipynb"):
+            chapters[path.name[:2]] += path.read_text(encoding="utf-8")
     return {number: max(map(float, MEMORY.findall(text)), default=0) for number, text in chapters.items()}
 
 
