@@ -1,9 +1,10 @@
 """Long work, killed at random moments and run again: make kills, or python tests/kills.py --help
 
-precompute, finetune and shrink run in child processes that are killed (SIGKILL, which nothing can catch) after a random
-time, until one of them ends by itself; then its files must be those of an undisturbed run, byte for byte. Then the next
-round begins, until the job has been killed so many times. In every other round two runs work on the folder at once, and
-both are killed at moments of their own. Needs os.fork: Linux or macOS.
+precompute, finetune, shrink and make tiny (with next to none of its steps) run in child processes that are killed
+(SIGKILL, which nothing can catch) after a random time, until one of them ends by itself; then its files must be those
+of an undisturbed run, byte for byte. Then the next round begins, until the job has been killed so many times. In every
+other round two runs work on the folder at once, and both are killed at moments of their own. Needs os.fork: Linux or
+macOS.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from minqwen import finetune, precompute, shrink
 ROOT = Path(__file__).resolve().parents[1]
 TINY, SET = ROOT / "data" / "tiny", ROOT / "data" / "finetune"
 MODEL = ["--model", str(TINY), "--device", "cpu", "--quiet"]
+JOBS = ("precompute", "finetune", "shrink", "tiny")
 
 
 def jobs(place: Path) -> dict[str, Callable[[Path], object]]:
@@ -42,7 +45,21 @@ def jobs(place: Path) -> dict[str, Callable[[Path], object]]:
         "precompute": lambda out: precompute.main([*data, "--cache", str(out), *MODEL]),
         "finetune": lambda out: finetune.main([str(cache), "--out", str(out), *tune, *MODEL]),
         "shrink": lambda out: shrink.main([str(TINY), str(out), "--quiet"]),
+        "tiny": make_tiny_in,
     }
+
+
+def make_tiny_in(out: Path) -> None:
+    """A tiny checkpoint from nothing, of few steps with small batches."""
+    sys.path.append(str(ROOT / "data" / "recipes"))
+    import make_tiny
+    import train_transformer
+    import train_vae
+
+    scenes = train_vae.scenes
+    train_transformer.BATCH, train_vae.scenes = 2, lambda rng, count: scenes(rng, min(count, 2))
+    words = ["--share", "0.0001", "--runs", str(out / "runs"), "--out", str(out / "tiny"), "--device", "cpu"]
+    make_tiny.make(make_tiny.parser().parse_args([*words, "--no-estimate"]))
 
 
 def started(job: Callable[[Path], object], out: Path) -> int:
@@ -59,9 +76,9 @@ def started(job: Callable[[Path], object], out: Path) -> int:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """A hash of each file. A run's state holds the seconds that it took, and is left out; so are hidden files."""
+    """A hash of each file. What holds the seconds that a run took is left out (its state); so are hidden files."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    kept = [path for path in files if path.name != finetune.STATE]
+    kept = [path for path in files if path.name != finetune.STATE and "runs" not in path.relative_to(folder).parts]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 
@@ -118,7 +135,7 @@ def run(names: list[str], kills: int, seed: int) -> dict[str, tuple[int, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=["precompute", "finetune", "shrink"], help="of the jobs")
+    parser.add_argument("names", nargs="*", default=JOBS, metavar="JOB", help=f"of {', '.join(JOBS)}; by default all")
     parser.add_argument("--kills", type=int, default=100, help="of each job, at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="the table into tests/README.md")

@@ -19,6 +19,8 @@ import train_vae
 from common import device
 from export import export
 
+from minqwen.run import locked
+
 PHASES = [
     (train_vae, "joint"),
     (train_vae, "decoder"),
@@ -66,6 +68,14 @@ def make(args: argparse.Namespace) -> None:
         less = "; less, as --compile was asked for" if args.compile else ""
         total = f"About {sum(minutes.values()):.0f} minutes on this machine ({args.device}), alone on it{less}"
         print(f"{total}: {parts}.", flush=True)
+    with locked(args.runs):
+        make_parts(args, steps)
+    print(f"Wrote {args.out}; the logs are in {args.runs}.")
+    print(f"Count what it gets right: python data/recipes/evaluate.py {args.out}")
+
+
+def make_parts(args: argparse.Namespace, steps: dict[str, int]) -> None:
+    """All phases, each from where it stopped."""
     make_tokenizer.save(make_tokenizer.build(), args.runs / "tokenizer")
     for module, phase in PHASES:
         done = args.runs / f"{phase}.done"
@@ -78,8 +88,6 @@ def make(args: argparse.Namespace) -> None:
             more += ["--pool", str(pool), "--reuse", "2", "--check-every", "0"]
         train(module, phase, steps[phase], args.runs, args.out, args.device, *more)
         done.touch()
-    print(f"Wrote {args.out}; the logs are in {args.runs}.")
-    print(f"Count what it gets right: python data/recipes/evaluate.py {args.out}")
 
 
 def parser() -> argparse.ArgumentParser:
