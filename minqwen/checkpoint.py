@@ -36,7 +36,7 @@ class Checkpoint:
     """Weights in the released layout: `model_index.json` beside a folder for each component.
 
     source: a folder, or "owner/name" of a hub repository (then files are downloaded as they are needed, into
-    huggingface_hub's cache, where an interrupted download goes on later). Raises FileNotFoundError if neither.
+    huggingface_hub's cache, which keeps the files that are whole). Raises FileNotFoundError if neither.
     """
 
     def __init__(self, source: str | os.PathLike, revision: str | None = None):

@@ -95,7 +95,8 @@ def one_line(command: str, interrupted: str = "interrupted", status: int = 130) 
 
     interrupted, status: what it says and ends with at Ctrl-C.
     """
-    sys.stdout.reconfigure(errors="replace")  # a console of Windows may lack a letter of a folder's name
+    with suppress(AttributeError):  # of what stands in for a console
+        sys.stdout.reconfigure(errors="replace")  # one of Windows may lack a letter of a folder's name
     try:
         yield
     except KeyboardInterrupt:

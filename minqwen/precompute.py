@@ -233,7 +233,7 @@ class Precomputed(torch.utils.data.Dataset):
                 raise ValueError(f"{outside[0]} lies outside of the folder")
         if not files or not all(file.is_file() for file in files):
             raise FileNotFoundError(f"{cache_dir} holds no finished cache: run python -m minqwen.precompute (again)")
-        return cls([name for name, _ in listed], files)
+        return cls([str(name) for name, _ in listed], files)
 
     def __len__(self) -> int:
         return len(self.kept)

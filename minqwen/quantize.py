@@ -90,9 +90,6 @@ class QuantizedLinear(nn.Module):
                 self._buffers[name] = old.to(self._buffers[name].device)
         return self
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bits={self.bits}, bias={self.bias is not None}"
-
 
 class QuantizedMatmul(torch.autograd.Function):
     """x W^T + b of a QuantizedLinear; what is unpacked is dropped at once, and unpacked again for the gradient of x."""

@@ -261,7 +261,7 @@ class AutoencoderKLQwenImage(nn.Module):
         if len(temperal_downsample) != len(dim_mult) - 1:
             raise ValueError(f"{temperal_downsample=} must be one shorter than {dim_mult=}")
         self.factor = 2 ** len(temperal_downsample)  # pixels to a latent, each way: 8
-        self.latents_mean, self.latents_std = tuple(latents_mean), tuple(latents_std)
+        self.latents_mean, self.latents_std = (tuple(map(float, each)) for each in (latents_mean, latents_std))
         self.encoder = Encoder(base_dim, z_dim, dim_mult, num_res_blocks, temperal_downsample)
         self.quant_conv = CausalConv2d(2 * z_dim, 2 * z_dim, 1)
         self.post_quant_conv = CausalConv2d(z_dim, z_dim, 1)

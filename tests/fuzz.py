@@ -20,6 +20,7 @@ import random
 import shutil
 import signal
 import struct
+import sys
 import tempfile
 import unicodedata
 import warnings
@@ -52,6 +53,7 @@ TINY = ROOT / "data" / "tiny"
 DOCUMENTED = (ValueError, TypeError, OSError, KeyError)
 ENDS = ("right", "refused", "lost", "silent")
 LIMIT = 30  # seconds, on a machine that does other things too
+MOST = 2**31  # bytes that a case may ask for; the largest picture that is taken needs one
 ODD = (None, True, -1, 0, 1, 2.5, 10**9, 10**30, -(10**9), float("nan"), float("inf"), "", "x", "8", "../../x", [], {},
        [None], ["x"], [1, 2, 3], {"a": 1})  # fmt: skip
 SMALL = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24,
@@ -75,7 +77,7 @@ class TooLong(BaseException):
 def outcome(case: Case) -> tuple[str, str]:
     """How a case ends, in one word, and why."""
     try:
-        with time_limit(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with time_limit(), memory_limit(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             result = case.work()
             wrong = case.check(result)
@@ -107,6 +109,23 @@ def time_limit() -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def memory_limit() -> Iterator[None]:
+    """Whoever believes a length in a file asks for more than MOST bytes, and gets a MemoryError."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + MOST, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def damaged(chance: random.Random, data: bytes) -> bytes:
