@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +181,22 @@ def test_its_own_weights_are_not_trained(small):
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_run_that_waited_for_another_looks_again(small, tmp_path, monkeypatch, capsys):
+    """What the other one made is whole, and is not begun anew."""
+    out = tmp_path / "small"
+
+    def slow(folder):
+        shutil.copytree(small, folder, dirs_exist_ok=True)  # the other run ends while this one waits
+        return nullcontext()
+
+    monkeypatch.setattr(library, "locked", slow)
+    monkeypatch.setattr(library, "write_json", lambda *_: pytest.fail("it was begun anew"))
+    shrink(TINY, out, progress=False)
+    assert "is whole already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds something else"):
+        shrink(TINY, tmp_path / "other", bits=8, progress=False)
 
 
 def test_another_request_for_the_same_folder_is_refused(small, tmp_path):

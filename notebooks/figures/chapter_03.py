@@ -277,9 +277,9 @@ def four_heads(block: int = 3) -> None:
     side = result.width / SIDE
     axes[0].add_patch(plt.Rectangle((x * side, y * side), side, side, fill=False, edgecolor=RED, lw=2.5))
     axes[0].set(xticks=[], yticks=[], title="this square asks")
+    seen = heads[:, new.start + square, old]  # (H, tokens)
     for head, axis in enumerate(axes[1:]):
-        seen = heads[head, new.start + square, old]
-        lit(axis, given(), seen, f"head {head}: {seen.sum():.0%}")
+        lit(axis, given(), seen[head], f"head {head}: {seen[head].sum():.0%}", top=seen.max().item())
     for axis in axes:
         axis.spines[:].set_visible(False)
     plt.show()
@@ -329,7 +329,7 @@ def share_of_words() -> Tensor:
     figure, axis = plt.subplots(figsize=(9.2, 2.6))
     for block, heads in enumerate(share):
         axis.bar([block + 0.19 * (head - 1.5) for head in range(len(heads))], heads, 0.17, color=GREEN)
-    axis.set(xlabel="block, its heads side by side", ylabel="share that goes\nto the words", ylim=(0, 1))
+    axis.set(xlabel="block, its heads side by side", ylabel="share that goes\nto the text", ylim=(0, 1))
     axis.set_title("attention of the new picture, mean over the steps of an edit")
     plt.show()
     return share
@@ -338,11 +338,20 @@ def share_of_words() -> Tensor:
 def whole_attention() -> None:
     """The way of a token through joint attention, with shapes."""
     figure, axis = plt.subplots(figsize=(9.4, 3.6))
-    columns = ["tokens", "three matrices", "norm", "turn", "join", "softmax · V", "cut", "way out"]
-    norm, turn = "q and k\nover D", "q and k\n(chapter 02)"
-    added = "add_q_proj\nadd_k_proj\nadd_v_proj"
-    words = ["words\n(B, Nt, C)", added, norm, turn, None, None, "first Nt", "to_add_out"]
-    picture = ["picture\n(B, Ni, C)", "to_q\nto_k\nto_v", norm, turn, None, None, "last Ni", "to_out.0"]
+    columns = ["tokens", "matrices, heads", "norm", "turn", "join", "softmax · V", "glue, cut", "way out"]
+    norm, turn = "q and k\nover D\n\nv as it is", "q and k\n(chapter 02)\n\nv as it is"
+    added = "add_q_proj\nadd_k_proj\nadd_v_proj\n(B, Nt, H, D)"
+    words = ["words\n(B, Nt, C)", added, norm, turn, None, None, "text\n(B, Nt, C)", "to_add_out"]
+    picture = [
+        "picture\n(B, Ni, C)",
+        "to_q\nto_k\nto_v\n(B, Ni, H, D)",
+        norm,
+        turn,
+        None,
+        None,
+        "picture\n(B, Ni, C)",
+        "to_out.0",
+    ]
     shared = {4: "(B, H,\nNt + Ni, D)", 5: "(B, H,\nNt + Ni, D)"}
     for x, name in enumerate(columns):
         axis.text(x, 2.05, name, ha="center", fontsize=9, weight="bold")
