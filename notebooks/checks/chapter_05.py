@@ -27,7 +27,7 @@ def sizes(answer):
     """Five numbers about tokens and bytes."""
     wrong = [
         {"a token is 16 pixels wide, not 8: the packing takes 2×2 latents": 13824, "pixels, not tokens": 768 * 1152},
-        {"the references are read too": 4056, "both references are read": 8152},
+        {"the given pictures are read too": 4056, "both given pictures are read": 8152},
         {"only the target's rows are kept": 12248},
         {"bf16 takes 2 bytes a number, not 4": 44040192, "those are numbers; how many bytes are they?": 11010048},
         {"offsets count from the end of the header": 1000, "the 8 bytes of the length come first": 3040,
@@ -143,7 +143,7 @@ def real() -> tuple:
     x0, reference = (pack_latents(pipe.encode_image(picture)) for picture in (task.target, task.source))
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     latents = torch.cat([0.3 * x0 + 0.7 * noise, reference], dim=1).expand(2, -1, -1)
-    shapes = [[(1, 4, 4), (1, 4, 4)]] * 2
+    shapes = [[(1, picture.height // 16, picture.width // 16) for picture in (task.target, task.source)]] * 2
     inputs = (latents, embeds, mask, torch.tensor([0.7, 0.7]), shapes)
     return pipe.transformer, tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in inputs), noise - x0
 
@@ -182,10 +182,11 @@ def velocity(answer):
             }.items()
         } | {"the sign: nothing is to be turned round, the model answers with noise minus picture": -want}
         got = ask(answer, model, *inputs, library="transformer.py")
-        if isinstance(got, torch.Tensor) and got.shape == want[:, :16].shape:
-            raise Wrong("return all image tokens, the references' too; the pipeline cuts")
+        kept = true.shape[1]
+        if isinstance(got, torch.Tensor) and got.shape == want[:, :kept].shape:
+            raise Wrong("return all image tokens, the given picture's too; the pipeline cuts")
         expect(got, want, wrong, tolerance=1e-3, where="an edit at σ = 0.7")
-        error = (got[:1, :16] - true).square().mean()
+        error = (got[:1, :kept] - true).square().mean()
     return f"From the true velocity, noise minus picture, it is {error:.3f} away (mean square)."
 
 
@@ -210,10 +211,10 @@ def broken() -> QwenImageTransformer2DModel:
 
 def inputs() -> dict:
     """What a transformer takes, by name, with random numbers."""
-    generator = torch.Generator().manual_seed(0)
+    generator, config = torch.Generator().manual_seed(0), Checkpoint(TINY).config("transformer/config.json")
     return {
-        "hidden_states": torch.randn(1, 32, 64, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 9, 128, generator=generator),
+        "hidden_states": torch.randn(1, 32, config["in_channels"], generator=generator),
+        "encoder_hidden_states": torch.randn(1, 9, config["joint_attention_dim"], generator=generator),
         "timestep": torch.tensor([0.8]),
         "img_shapes": [[(1, 4, 4), (1, 4, 4)]],
     }

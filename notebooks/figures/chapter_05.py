@@ -131,7 +131,7 @@ def fitted() -> list[Tensor]:
     y, found = torch.cat(wanted).double(), []
     for depth in zip(*inside, strict=True):
         x = torch.cat([features(state).flatten(0, 1) for state in depth])
-        found.append(torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]).double(), x.T @ y))
+        found.append(torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]).double(), x.T @ y))
     return found
 
 
@@ -359,7 +359,7 @@ def velocity_forms() -> list[list[float]]:
     own = [model.proj_out(model.norm_out(state, temb)) for state in states]
     best = [(features(state) @ matrix).float() for state, matrix in zip(states, fitted(), strict=True)]
     errors = [[(v - true).square().mean().item() for v in row] for row in (own, best)]
-    names = ["entrance", *(f"block {k}" for k in range(len(states) - 1))]
+    names = ["img_in", *(f"block {k}" for k in range(len(states) - 1))]
     figure, axes = plt.subplots(2, len(states) + 1, figsize=(9.6, 2.95))
     for k, (velocities, name) in enumerate([(own, "the exit"), (best, "an exit made\nfor the place")]):
         for axis, v, error in zip(axes[k], velocities, errors[k], strict=False):

@@ -64,7 +64,7 @@ def velocity(raw=False, times=1, masked=True, reverse=False, short=0, turned=Tru
         for block in blocks:
             txt, img = block(img, txt, temb, mask if masked else None, rotary if turned else None)
         out = sign * leave(**(exit_ or {}))(img, temb, model.norm_out.linear, model.proj_out)
-        return out[:, :16] if cut else out
+        return out[:, : out.shape[1] // 2] if cut else out
 
     return answer
 
@@ -103,8 +103,8 @@ ALL = ("txt_mlp", "to_add_out", "add_q_proj", "norm_added_q")
 WRONG = {
     "sizes": [
         ("a token is 16 pixels wide", (13824, 12248, 4056, 22020096, 3048)),
-        ("the references are read too", (3456, 4056, 4056, 22020096, 3048)),
-        ("both references are read", (3456, 8152, 4056, 22020096, 3048)),
+        ("the given pictures are read too", (3456, 4056, 4056, 22020096, 3048)),
+        ("both given pictures are read", (3456, 8152, 4056, 22020096, 3048)),
         ("only the target's rows are kept", (3456, 12248, 12248, 22020096, 3048)),
         ("2 bytes a number", (3456, 12248, 4056, 44040192, 3048)),
         ("how many bytes are they", (3456, 12248, 4056, 11010048, 3048)),
