@@ -22,13 +22,13 @@ def _waves(sigma, dim, base=10000.0, scale=1000.0, shift=0):
 
 @exercise("01.1")
 def same(answer):
-    """The smallest level above 0 at which wave 32 has the value that it has at 0."""
+    """The smallest level above 0 at which clock 32's cosine has the value that it has at 0."""
     full = 2 * math.pi / 100  # 10000^(-32/128) is a tenth
     mistakes = {
         "that is half a turn: the cosine there is -1": math.pi / 100,
         "that is the angle: which σ gives it?": 2 * math.pi,
         "that is in degrees": 360 / 100,
-        "that is the fastest wave's, k = 0": 2 * math.pi / 1000,
+        "that is the fastest clock's, k = 0": 2 * math.pi / 1000,
     }
     expect(answer, full, mistakes, tolerance=1e-5)
 

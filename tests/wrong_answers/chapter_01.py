@@ -46,7 +46,7 @@ WRONG = {
         ("half a turn", math.pi / 100),
         ("that is the angle", 2 * math.pi),
         ("in degrees", 3.6),
-        ("the fastest wave's", 0.0062832),
+        ("the fastest clock's", 0.0062832),
     ],
     "waves": [
         ("sines come first", sines_first),
