@@ -53,7 +53,8 @@ TINY = ROOT / "data" / "tiny"
 DOCUMENTED = (ValueError, TypeError, OSError, KeyError)
 ENDS = ("right", "refused", "lost", "silent")
 LIMIT = 30  # seconds, on a machine that does other things too
-MOST = 2**31  # bytes that a case may ask for; the largest picture that is taken needs one
+ROOM = 2**25  # bytes that a case may ask for beyond twice its files
+PICTURE = 2**31  # the same of a picture, which unpacks: the largest that is taken needs half of it
 ODD = (None, True, -1, 0, 1, 2.5, 10**9, 10**30, -(10**9), float("nan"), float("inf"), "", "x", "8", "../../x", [], {},
        [None], ["x"], [1, 2, 3], {"a": 1})  # fmt: skip
 SMALL = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24,
@@ -74,10 +75,10 @@ class TooLong(BaseException):
     """After half a minute."""
 
 
-def outcome(case: Case) -> tuple[str, str]:
-    """How a case ends, in one word, and why."""
+def outcome(case: Case, most: int) -> tuple[str, str]:
+    """How a case ends that may ask for so many bytes of memory: in one word, and why."""
     try:
-        with time_limit(), memory_limit(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        with time_limit(), memory_limit(most), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             result = case.work()
             wrong = case.check(result)
@@ -112,20 +113,20 @@ def time_limit() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def memory_limit() -> Iterator[None]:
-    """Whoever believes a length in a file asks for more than MOST bytes, and gets a MemoryError."""
+def memory_limit(most: int) -> Iterator[None]:
+    """Whoever believes a length in a file asks for more than so many bytes, and gets a MemoryError."""
     if not sys.platform.startswith("linux"):
         yield
         return
     import resource
 
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + MOST, before[1]))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (held + most, before[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def damaged(chance: random.Random, data: bytes) -> bytes:
@@ -585,7 +586,9 @@ def run(kind: str, number: int) -> tuple[str, str]:
     chance = random.Random(f"{kind} {number}")
     folder = Path(tempfile.mkdtemp(prefix="fuzz"))
     try:
-        return outcome(KINDS[kind](chance, folder))
+        case = KINDS[kind](chance, folder)
+        files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return outcome(case, PICTURE if kind == "pictures" else 2 * files + ROOM)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
