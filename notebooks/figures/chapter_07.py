@@ -227,7 +227,7 @@ def merging(stages: list, labels: list[str]) -> None:
                 x += width + 0.06
             x += 0.35
         axis.text(-0.25, -row, labels[row], ha="right", va="center", fontsize=9)
-    axis.set(xlim=(-2.9, 13.4), ylim=(-len(stages) + 0.4, 0.6))
+    axis.set(xlim=(-1.9, 12.6), ylim=(-len(stages) + 0.4, 0.6))
     axis.axis("off")
     plt.show()
 
@@ -272,6 +272,7 @@ def one_word(
     """The last word of some sentences: its row of the table, its vector behind the layers, the guess of the next."""
     figure, axes = plt.subplots(len(sentences), 3, figsize=(9.4, 3.8), width_ratios=[1, 1, 1.3])
     before, after = (torch.stack(vectors) / torch.stack(vectors).std() for vectors in (before, after))
+    figure.get_layout_engine().set(wspace=0.06)
     for row, sentence in enumerate(sentences):
         for axis, numbers in ((axes[row, 0], before[row]), (axes[row, 1], after[row])):
             axis.imshow(numbers[None], cmap="RdBu_r", vmin=-2.5, vmax=2.5, aspect="auto")
