@@ -11,11 +11,11 @@ from course import ROOT, TINY
 from minqwen.checkpoint import Checkpoint
 from minqwen.lora import adapters, load_lora
 from minqwen.transformer import QwenImageTransformer2DModel
-from minqwen.world import sample_edit
+from minqwen.world import HELD_BACK, sample_edit
 
-FILE = ROOT / "data" / "finetune" / "mirror_lora.safetensors"
+FILE = ROOT / "data" / "finetune" / f"{HELD_BACK}_lora.safetensors"
 _rng = numpy.random.default_rng(9 * 10**8)
-tasks = [sample_edit(_rng, "mirror") for _ in range(10)]
+tasks = [sample_edit(_rng, HELD_BACK) for _ in range(10)]
 
 
 # ---------------------------------------------------------------------------------------------------- 10.1
