@@ -209,9 +209,7 @@ def _model() -> QwenImageTransformer2DModel:
 def broken() -> QwenImageTransformer2DModel:
     """The tiny transformer with one fault in its block 3."""
     model = _model()
-    block = _Block(128, 4, 32)
-    block.load_state_dict(model.transformer_blocks[3].state_dict())
-    model.transformer_blocks[3] = block.eval()
+    model.transformer_blocks[3].__class__ = _Block  # the same weights
     return model
 
 
@@ -223,7 +221,8 @@ def right() -> QwenImageTransformer2DModel:
 def inputs() -> tuple:
     """What a transformer takes: image tokens of a target and a reference, nine words, no mask, level, shapes."""
     generator = torch.Generator().manual_seed(0)
-    image, text = torch.randn(1, 32, 64, generator=generator), torch.randn(1, 9, 128, generator=generator)
+    width = Checkpoint(TINY).config("transformer/config.json")["joint_attention_dim"]
+    image, text = torch.randn(1, 32, 64, generator=generator), torch.randn(1, 9, width, generator=generator)
     return image, text, None, torch.tensor([0.8]), [[(1, 4, 4), (1, 4, 4)]]
 
 

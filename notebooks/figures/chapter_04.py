@@ -25,7 +25,7 @@ from minqwen.images import pack_latents, pixels_to_image, unpack_latents
 from minqwen.sampling import denoise, get_sigmas
 from minqwen.world import Edit, judge, sample_edit
 
-STEPS, STOPS = 10, (2, 9)  # of the edit that is stopped after each block, and where
+STEPS, STOPS = 20, (4, 18)  # of the edit that is stopped after each block, and where
 FIXED = (0.95, 0.6, 0.2)  # noise levels that a model is told throughout
 BLOCK = 3  # the block that the lesson looks into
 TASKS, LEVELS = 8, (0.9, 0.6, 0.3)  # edits that are counted, and noise levels at which the velocity is measured
