@@ -108,6 +108,22 @@ def test_a_lesson_leads_to_its_appendix_and_back(path):
     assert f"](appendix/{path.name})" in words(NOTEBOOKS / path.name) and f"](../{path.name})" in words(path)
 
 
+def test_the_glossary_holds_what_its_chapters_explain():
+    rows = re.findall(r"^\| (.+?) \|.*\| ([\d, ]+) \|$", (NOTEBOOKS / "glossary.md").read_text("utf-8"), re.MULTILINE)
+    lessons = {path.name[:2]: words(path).lower() for path in CHAPTERS}
+    terms = [(term, n) for of_row, numbers in rows for term in of_row.split(", ") for n in numbers.split(", ")]
+    assert len(rows) > 40 and not [(t, n) for t, n in terms if t.lower().removesuffix(" σ") not in lessons[n]]
+    assert [row for row, _ in rows] == sorted((row for row, _ in rows), key=str.lower)
+
+
+def test_the_glossary_holds_the_chinese_of_the_lessons():
+    glossary = (NOTEBOOKS / "glossary.md").read_text("utf-8")
+    found = {path.stem: re.findall(r"\(([^()]*[\u4e00-\u9fff][^()]*)\)", words(path)) for path in CHAPTERS}
+    assert not {stem: names for stem, names in found.items() if len(names) > 5}
+    named = {name.strip() for names in found.values() for told in names for name in told.split(",")}
+    assert not [name for name in named if re.fullmatch(r"[\u4e00-\u9fff]+", name) and name not in glossary]
+
+
 def test_what_a_lesson_holds_is_counted(tmp_path):
     cells = nbformat.v4.new_code_cell("import sys\n\nx = 1"), nbformat.v4.new_markdown_cell("one two *three*")
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "99_a.ipynb")
