@@ -275,7 +275,8 @@ def batch(answer):
             raise Wrong(f"the mask should be bool, it is {getattr(got[1], 'dtype', type(got[1]).__name__)} ({where})")
         expect(got[1].float(), mask.float(), {"True is for tokens, False for padding": 1 - mask.float()}, where=where)
     data, pipe = samples(), pipeline()
-    sigma, shapes = torch.tensor([0.6]), [[(1, 4, 4), (1, 4, 4)]]
+    sides = [(1, int(z.shape[1] ** 0.5), int(z.shape[1] ** 0.5)) for z in data[0][:2]]  # of square pictures, in tokens
+    sigma, shapes = torch.tensor([0.6]), [sides]
     with torch.no_grad():
         alone = [pipe.transformer(torch.cat([z, c], 1), e, None, sigma, shapes) for z, c, e in data]
         embeds, mask = ask(answer, [e for *_, e in data], library="prompt.py")
