@@ -352,7 +352,7 @@ def patches(picture: Image.Image | None = None, size: int = 14, merge: int = 2) 
     for k in range(0, picture.height + 1, size):
         axes[0].axhline(k - 0.5, color="white", lw=2.5 if k % (size * merge) == 0 else 0.7)
     side = size * merge
-    axes[0].add_patch(plt.Rectangle((side - 0.5, side - 0.5), side, side, fill=False, edgecolor=RED, lw=3))
+    axes[0].add_patch(plt.Rectangle((side - 0.5, side - 0.5), side, side, fill=False, edgecolor="#00e0ff", lw=3))
     axes[0].set(xlabel="pixels", ylabel="pixels", xticks=range(0, picture.width + 1, side))
     axes[0].set(yticks=range(0, picture.height + 1, side))
     axes[0].set_title(f"patches of {size}×{size} pixels (thin), {merge}×{merge} of them a token (bold)")
@@ -362,7 +362,7 @@ def patches(picture: Image.Image | None = None, size: int = 14, merge: int = 2) 
     arrow(axes[1], (2.1, 1), (2.85, 1))
     vector(axes[1], 3, -0.3, 0.35, 2.6, 1.3 * torch.randn(12, generator=torch.Generator().manual_seed(4)))
     axes[1].text(2.5, 1.25, "vision\ntower", ha="center", fontsize=9)
-    axes[1].set(xlim=(-0.1, 3.5), ylim=(-0.7, 2.7), title="the red square: one vector")
+    axes[1].set(xlim=(-0.1, 3.5), ylim=(-0.7, 2.7), title="the framed square: one vector")
     axes[1].axis("off")
     plt.show()
 
