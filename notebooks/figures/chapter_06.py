@@ -315,7 +315,7 @@ def scale_forgotten() -> dict[str, float]:
         "forgotten twice": {"normalize": same, "denormalize": same},
     }
     edits = [edit(**change) for change in broken.values()]
-    show([given(), *edits], ["given", *broken], size=1.8)
+    show([given(), *edits], [f"given, and\n“{WISH}”", *broken], size=1.8)
     levels = np.array([np.asarray(picture, float) for picture in edits])
     off = np.abs(levels - levels[0]).mean(axis=(1, 2, 3)).tolist()
     return {name.replace("\n", " "): round(x, 1) for name, x in zip(broken, off, strict=True)}
