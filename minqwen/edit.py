@@ -28,8 +28,8 @@ from minqwen.files import whole_file
 from minqwen.images import MAX_AREA, MAX_SIDE
 from minqwen.lightning import load_lightning, steps_of
 from minqwen.lora import load_lora
-from minqwen.memory import WAYS
 from minqwen.pipeline import PARTS, QwenImagePipeline
+from minqwen.plans import WAYS
 from minqwen.prompt import IMAGE_PAD
 from minqwen.shrink import adapters_of
 

@@ -9,14 +9,11 @@
 Weights are mapped from their files: what is not used is not read, and what was dropped can be read again.
 The surprise: the modulation layers, 6.8 of 20.4 billion weights, see nothing of picture or words. All that goes in is
 the noise level, and the noise levels of a run are known before its first step.
-Tests: tests/test_memory.py. Chapter 11.
+plans.py chooses between them. Tests: tests/test_memory.py. Chapter 11.
 """
 
-import os
-import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +24,9 @@ from minqwen.lora import adapters
 from minqwen.quantize import keeps_dtype
 from minqwen.transformer import Modulations
 
-WAYS = ("resident", "turns", "stream")
 MODULATION = "_mod."  # in the names of a block's modulation layers
 BLOCKS = "transformer_blocks"
 UNREAD = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp")  # in the last block: what they give goes to nobody
-SPARE = 0.9  # the share of free memory that is counted on
-ACTIVATIONS = 40  # numbers a token and channel that are taken to live at once in a forward pass; an estimate
-LEVELS = 50  # of noise, for which the table is counted
-LARGE = 2**32  # bytes of a transformer from which a CPU is asked in which dtype it is faster
 
 
 class Shell:
@@ -86,13 +78,21 @@ class Shell:
         if block not in self.mapped:
             tensors = self.checkpoint.read(dict(self.places[block].values()))
             self.mapped = {block: {ours: tensors[theirs] for ours, (theirs, _) in self.places[block].items()}}
-        tensor = self.mapped[block][name]
-        return tensor.to(self.device, None if keeps_dtype(name, tensor) else self.dtype, non_blocking=True)
+        return self.mapped[block][name].to(self.device, self.type_of(name), non_blocking=True)
+
+    def type_of(self, name: str) -> torch.dtype:
+        """The dtype of a tensor once it is fetched."""
+        return self.stored[name].dtype if keeps_dtype(name, self.stored[name]) else self.dtype
+
+    @property
+    def copies(self) -> bool:
+        """Whether what is fetched is a copy; else it is the mapped file, of which no more is there than is used."""
+        same = (self.type_of(name) == tensor.dtype for name, tensor in self.stored.items())
+        return self.device.type != "cpu" or not all(same)
 
     def size(self, name: str) -> int:
-        """Bytes of a tensor once it is fetched."""
-        tensor = self.stored[name]
-        return tensor.numel() * (tensor.dtype if keeps_dtype(name, tensor) else self.dtype).itemsize
+        """Its bytes then."""
+        return self.stored[name].numel() * self.type_of(name).itemsize
 
     @torch.inference_mode(False)  # a gradient may go through them later
     def open(self) -> nn.Module:
@@ -114,6 +114,7 @@ class Shell:
         temb = self.module.embed_timestep(sigmas.to(self.device), like)
         blocks = self.streamed(BLOCKS, lambda name: MODULATION in name)
         of_blocks = [tuple(part.to(keep_on) for part in block.modulations(temb)) for block in blocks]
+        self.mapped = {}  # what was read of the last block
         of_exit = self.module.norm_out.modulations(temb[: len(sigmas)]).to(keep_on)
         return {
             sigma: ([at_level(vectors, row) for vectors in of_blocks], of_exit[row : row + 1])
@@ -227,132 +228,3 @@ class LevelTable:
             img, txt = zip(*vectors, strict=True)
             of_blocks.append((torch.stack(img, dim=1).flatten(0, 1).to(device), torch.cat(txt).to(device)))
         return of_blocks, torch.cat([of_exit for _, of_exit in said]).to(device)
-
-
-# ------------------------------------------------------------------------------------------------ what fits
-
-
-class Plan(NamedTuple):
-    """A way to hold the model: its name, bytes on the device at the peak, bytes fetched and operations in each step."""
-
-    way: str
-    peak: int
-    fetched: int
-    operations: float
-
-    def __str__(self) -> str:
-        return f"{self.way}, about {in_bytes(self.peak)} at the peak"
-
-
-def plans(shells: dict[str, Shell], area: int) -> list[Plan]:
-    """Every way, the fastest first, for an edit of so many pixels with guidance."""
-    whole, without_table, streamed = {}, {}, {}
-    for name, shell in shells.items():
-        blocks, unread = {"": 0}, unread_layers(shell.stored)
-        for each in shell.stored:
-            if MODULATION not in each and not each.startswith(unread):
-                blocks[BLOCK.match(each)[0]] = blocks.get(BLOCK.match(each)[0], 0) + shell.size(each)
-        whole[name] = sum(map(shell.size, shell.stored))
-        without_table[name] = sum(blocks.values())
-        streamed[name] = blocks.pop("") + 2 * max(blocks.values(), default=0)
-    operations = living = fetched = 0
-    if "transformer" in shells:
-        shell = shells["transformer"]
-        width, image, text = shell.module.img_in.out_features, 2 * area // 256, area // 784 + 64
-        living = (image + text) * ACTIVATIONS * width * shell.dtype.itemsize
-        weights = 12 * width**2 * len(shell.module.transformer_blocks)  # of each stream
-        operations = 2 * 2 * weights * (image + text)  # two passes, a product and a sum for each weight
-        fetched = without_table["transformer"]
-        living += LEVELS * 12 * width * len(shell.module.transformer_blocks) * shell.dtype.itemsize  # the table
-
-    def by_turns(sizes: dict[str, int]) -> int:
-        others = sum(size for name, size in sizes.items() if name != "transformer")
-        return max(sizes.get("transformer", 0), others) + living
-
-    return [
-        Plan("resident", sum(whole.values()) + living, 0, operations),
-        Plan("turns", by_turns(without_table), 0, operations),
-        Plan("stream", by_turns(streamed), fetched, operations),
-    ]
-
-
-def hold(pipe, shells: dict[str, Shell], area: int, memory: str | float) -> None:
-    """Give a pipeline its parts: as attributes, or by turns, and then a line says what that means here."""
-    if not shells:
-        return
-    device = next(iter(shells.values())).device
-    plan = choose(plans(shells, area), memory, device)
-    if plan.way == "resident":
-        for name, shell in shells.items():
-            setattr(pipe, name, shell.open())
-        return
-    step = step_seconds(shells["transformer"], plan) if "transformer" in shells else 0
-    print(f"memory: {plan}; a step takes about {step:.1f} s")
-    pipe.turns = Turns(shells, streams=plan.way == "stream")
-    for name in shells:
-        delattr(pipe, name)
-
-
-def choose(found: list[Plan], memory: str | float, device: torch.device) -> Plan:
-    """The plan that is named, or the first that fits into a budget in GiB, or into what is free on this machine.
-
-    Raises ValueError for a word that is none, and for a budget into which nothing fits.
-    """
-    if isinstance(memory, str) and memory in WAYS:
-        return found[WAYS.index(memory)]
-    if memory != "auto" and (isinstance(memory, bool) or not (isinstance(memory, int | float) and memory > 0)):
-        raise ValueError(f"memory={memory!r}: expected auto, {', '.join(WAYS)}, or a number of GiB")
-    budget = SPARE * free_memory(device) if memory == "auto" else memory * 2**30
-    fitting = [plan for plan in found if plan.peak <= budget]
-    if not fitting:
-        least = f"this checkpoint needs about {in_bytes(found[-1].peak)}, streamed, at its working size"
-        raise ValueError(f"memory={memory}: {in_bytes(budget)} are too little; {least}")
-    return fitting[0]
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a device; on a CPU of which nobody says it, half of all there is."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ())
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 if known else float("inf")
-
-
-def default_dtype(device: torch.device, checkpoint: Checkpoint, parts: Container[str]) -> torch.dtype:
-    """bfloat16; on a CPU float32, except for a large transformer where the CPU multiplies faster in bfloat16."""
-    if device.type != "cpu":
-        return torch.bfloat16
-    if "transformer" not in parts or sum(checkpoint.stored_bytes("transformer").values()) < LARGE:
-        return torch.float32
-    matrices = {dtype: torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return min(matrices, key=lambda dtype: clocked(lambda: matrices[dtype] @ matrices[dtype]))
-
-
-def step_seconds(shell: Shell, plan: Plan) -> float:
-    """About how long a step of a plan takes here, from one matrix product and one fetched block of the transformer."""
-    width = shell.module.img_in.out_features
-    a, b = (torch.randn(rows, width, dtype=shell.dtype, device=shell.device) for rows in (1024, 4 * width))
-    computing = plan.operations * clocked(lambda: (a @ b.T).sum().item()) / (2 * 1024 * 4 * width**2)
-    if not plan.fetched:
-        return computing
-    names = [name for name in shell.stored if name.startswith(f"{BLOCKS}.0.") and MODULATION not in name]
-    fetching = clocked(lambda: [shell.fetch(name).sum().item() for name in names])
-    return max(computing, 2 * plan.fetched * fetching / sum(map(shell.size, names)))  # both prompts fetch them
-
-
-def clocked(work: Callable[[], object]) -> float:
-    """Seconds of its second run."""
-    work()
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def in_bytes(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

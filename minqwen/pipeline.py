@@ -31,7 +31,8 @@ from minqwen.images import (
     resize_image,
     unpack_latents,
 )
-from minqwen.memory import Shell, Turns, default_dtype, hold
+from minqwen.memory import Shell, Turns
+from minqwen.plans import TOGETHER, default_dtype, hold
 from minqwen.prompt import EDIT, EDIT_PLUS, T2I, Prompt, check_prompts, drop_prefix, pad_prompts, tokenize_prompts
 from minqwen.sampling import Callback, Velocity, denoise, get_sigmas, guide
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder
@@ -44,7 +45,6 @@ AREA = 1024 * 1024  # pixels of a released model's working size
 CONDITION_AREA = 384 * 384  # what the text encoder of Edit-2509 and -2511 sees of each picture
 TILE_ABOVE = 2048 * 1536  # larger pictures pass through the VAE in tiles
 TILE = 1024  # pixels a side of a tile
-GUIDE_TOGETHER = 1024  # up to so many image tokens both prompts share one forward pass: fewer, fuller operations
 LOOK_AT_EVERY_STEP = ("cpu",)  # where a look at a number waits for nothing; a GPU's numbers are looked at in the end
 FAMILIES = {"QwenImagePipeline": None, "QwenImageEditPipeline": EDIT, "QwenImageEditPlusPipeline": EDIT_PLUS}
 # what holds weights
@@ -233,7 +233,7 @@ class QwenImagePipeline:
         shapes += [(1, z.shape[-2] // 2, z.shape[-1] // 2) for z in references]
         turns = None if "transformer" in vars(self) else self.turns
         clean = [pack_latents(z).to(self.dtype) for z in references]
-        if len(prompts) == 2 and sum(h * w for _, h, w in shapes) <= GUIDE_TOGETHER:
+        if len(prompts) == 2 and sum(h * w for _, h, w in shapes) <= TOGETHER:
             prompts = [pad_prompts(prompts)]
 
         @torch.inference_mode()

@@ -43,8 +43,9 @@ from minqwen.finetune import (
 )
 from minqwen.images import pack_latents
 from minqwen.lora import adapters, add_lora, load_lora, lora_state
-from minqwen.memory import Shell, hold
+from minqwen.memory import Shell
 from minqwen.pipeline import QwenImagePipeline
+from minqwen.plans import hold
 from minqwen.precompute import INDEX, Precomputed, Sample, _write_sample, precompute
 from minqwen.quantize import quantize_blocks
 from minqwen.run import locked, look_at, model_of, read_state

@@ -12,13 +12,14 @@ from reference import small_transformer_config
 from safetensors.torch import save_file
 from test_released_size import CONFIGS, RELEASED
 
-from minqwen import memory
+from minqwen import plans as which
 from minqwen.checkpoint import Checkpoint
 from minqwen.files import whole_file
 from minqwen.finetune import finetune
 from minqwen.lora import adapters, add_lora, merge_lora
-from minqwen.memory import Plan, Shell, StreamedBlocks, Turns, choose, in_bytes, plans
+from minqwen.memory import Shell, StreamedBlocks, Turns
 from minqwen.pipeline import PARTS, QwenImagePipeline
+from minqwen.plans import Plan, choose, in_bytes, plans
 from minqwen.quantize import quantize_blocks
 from minqwen.transformer import QwenImageTransformer2DModel
 
@@ -215,7 +216,7 @@ def test_what_the_released_model_needs(released):
     resident, turns, stream = plans(released, 1024 * 1024)
     living = turns.peak - 2 * 13_600_000_000
     assert resident.peak > 57.6e9 and 27e9 < turns.peak < 30e9 and stream.peak < 9e9
-    assert 0 < living < 3e9 and 27e9 < stream.fetched < 28e9
+    assert 0 < living < 3e9 and 54e9 < stream.fetched < 55e9  # for each of two prompts
 
 
 PLANS = [Plan("resident", 100 << 30, 0, 0), Plan("turns", 20 << 30, 0, 0), Plan("stream", 5 << 30, 1, 0)]
@@ -229,7 +230,7 @@ PLANS = [Plan("resident", 100 << 30, 0, 0), Plan("turns", 20 << 30, 0, 0), Plan(
     ],
 )  # fmt: skip
 def test_the_first_way_that_fits_is_taken(monkeypatch, asked, free, way):
-    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    monkeypatch.setattr(which, "free_memory", lambda device: free)
     assert choose(PLANS, asked, torch.device("cpu")).way == way
 
 
@@ -318,7 +319,7 @@ def test_sizes_are_said_in_the_usual_units():
 
 
 def test_what_is_free_is_less_than_what_there_is():
-    assert 2**28 < memory.free_memory(torch.device("cpu")) < 2**44
+    assert 2**28 < which.free_memory(torch.device("cpu")) < 2**44
 
 
 @pytest.mark.parametrize(("faster", "large", "chosen"), [("float32", 0, "float32"), ("bfloat16", 0, "bfloat16"),
@@ -326,9 +327,9 @@ def test_what_is_free_is_less_than_what_there_is():
 def test_a_large_model_computes_in_the_dtype_in_which_the_cpu_is_faster(monkeypatch, faster, large, chosen):
     """Which one that is depends on the machine; so its clock is replaced."""
     seconds = iter([1.0, 2.0] if faster == "float32" else [2.0, 1.0])
-    monkeypatch.setattr(memory, "clocked", lambda work: work() is not None and next(seconds))
-    monkeypatch.setattr(memory, "LARGE", large)
-    dtype = memory.default_dtype(torch.device("cpu"), Checkpoint(TINY), PARTS)
+    monkeypatch.setattr(which, "clocked", lambda work: work() is not None and next(seconds))
+    monkeypatch.setattr(which, "LARGE", large)
+    dtype = which.default_dtype(torch.device("cpu"), Checkpoint(TINY), PARTS)
     assert dtype == getattr(torch, chosen)
-    assert memory.default_dtype(torch.device("cpu"), Checkpoint(TINY), ["vae"]) == torch.float32
-    assert memory.default_dtype(torch.device("mps"), Checkpoint(TINY), PARTS) == torch.bfloat16
+    assert which.default_dtype(torch.device("cpu"), Checkpoint(TINY), ["vae"]) == torch.float32
+    assert which.default_dtype(torch.device("mps"), Checkpoint(TINY), PARTS) == torch.bfloat16

@@ -150,7 +150,7 @@ def test_one_step_works(pipe):
 def test_guiding_both_prompts_in_one_pass_equals_two_passes(pipe, monkeypatch):
     options = {"num_inference_steps": 4, "latents": noise(64, 64), "progress": False}
     together = pipe.generate(PROMPTS[0], **options)
-    monkeypatch.setattr("minqwen.pipeline.GUIDE_TOGETHER", 0)
+    monkeypatch.setattr("minqwen.pipeline.TOGETHER", 0)
     assert levels(pipe.generate(PROMPTS[0], **options), together) <= 1
 
 
