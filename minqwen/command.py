@@ -1,6 +1,6 @@
 """What the commands share: the options that open a model, numbers with a range, and an end in one line.
 
-    python -m minqwen.edit, minqwen.precompute, minqwen.finetune, minqwen.shrink
+    python -m minqwen.edit, minqwen.precompute, minqwen.finetune, minqwen.shrink, minqwen.doctor
 
 What is wrong with an option is said before a model is loaded, which may take minutes; argparse puts the option's name
 before it. A command ends with 2 for a wrong option, 130 for Ctrl-C (1 where a run goes on later), 1 for any other error
