@@ -14,7 +14,7 @@ from checks import Wrong, ask, exercise, expect, expect_finding, expect_five
 from course import TINY
 from minqwen.checkpoint import Checkpoint
 from minqwen.difference import record
-from minqwen.images import pack_latents
+from minqwen.images import calculate_dimensions, pack_latents
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import pad_prompts
 from minqwen.sampling import denoise
@@ -137,14 +137,15 @@ def trained() -> tuple:
     """What enters the tiny transformer's last norm at σ = 0.8, the weights behind it, the latents, both velocities."""
     pipe, task = _pipe(), sample_edit(default_rng(4))
     prompts = [pipe.encode_prompt(words, [task.source]) for words in (task.instruction, " ")]
-    x = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(2))
+    h, w = task.source.height // 16, task.source.width // 16
+    x = torch.randn(1, h * w, 64, generator=torch.Generator().manual_seed(2))
     tokens = torch.cat([x, pack_latents(pipe.encode_image(task.source))], dim=1).expand(2, -1, -1)
-    sigma, shapes = torch.tensor([0.8]), [[(1, 4, 4)] * 2]
+    sigma, shapes = torch.tensor([0.8]), [[(1, h, w)] * 2]
     kept = record(pipe.transformer, tokens, *pad_prompts(prompts), sigma, shapes)
-    hidden, temb = kept["norm_out < 0"][:, :16].clone(), kept["time_text_embed > 0"].clone()
+    hidden, temb = kept["norm_out < 0"][:, : h * w].clone(), kept["time_text_embed > 0"].clone()
     names = ("norm_out.", "proj_out.")
     tensors = {n: t.clone() for n, t in pipe.transformer.state_dict().items() if n.startswith(names)}
-    return hidden, temb, tensors, x, kept["proj_out > 0"][:, :16].clone()
+    return hidden, temb, tensors, x, kept["proj_out > 0"][:, : h * w].clone()
 
 
 def stepped(velocities, x, sigma, after, scale, length="token", swap=False, sign=1.0):
@@ -253,7 +254,8 @@ def inputs(shapes: list[tuple[int, int, int]], steps: int = 4, scale: float = 4.
     sizes = [math.prod(shape) for shape in shapes]
     x = torch.randn(1, sizes[0], 64, generator=generator)
     reference = torch.randn(1, sum(sizes[1:]), 64, generator=generator)
-    embeds = torch.randn(2, 9, 128, generator=generator)
+    width = Checkpoint(TINY).config("transformer/config.json")["joint_attention_dim"]
+    embeds = torch.randn(2, 9, width, generator=generator)
     return x, reference, embeds, steps, scale, list(shapes)
 
 
@@ -295,13 +297,15 @@ def drawing(seed: int = 0) -> tuple:
     """The tiny model drawing nothing in particular: velocity(x, sigma), starting noise, decode(latents) -> picture."""
     pipe = _pipe()
     embeds, mask = pipe.encode_prompt(" ")
+    width, height = calculate_dimensions(pipe.area, 1.0)
+    h, w = height // 16, width // 16
 
     @torch.inference_mode()
     def velocity(x, sigma):
-        return pipe.transformer(x, embeds, mask, torch.tensor([float(sigma)]), [[(1, 4, 4)]])
+        return pipe.transformer(x, embeds, mask, torch.tensor([float(sigma)]), [[(1, h, w)]])
 
-    noise = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-    return velocity, pack_latents(noise), lambda latents: pipe.decode(latents, 64, 64)
+    noise = torch.randn(1, 16, 1, 2 * h, 2 * w, generator=torch.Generator().manual_seed(seed))
+    return velocity, pack_latents(noise), lambda latents: pipe.decode(latents, width, height)
 
 
 def heun_by(velocity, x, sigmas, last="euler", second="moved", half=0.5):
