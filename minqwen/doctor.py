@@ -76,7 +76,7 @@ def disk_rate(folder: str | os.PathLike) -> float:
     """Bytes a second at which a file comes from the disk of a folder; infinite where that cannot be found out."""
     if not hasattr(os, "posix_fadvise"):
         return float("inf")
-    with tempfile.TemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile("w+b", dir=folder) as file:
         file.write(bytes(PROBE))
         file.flush()
         os.fsync(file.fileno())

@@ -81,6 +81,7 @@ def test_a_wrong_option_is_named(option, words, capsys):
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SystemExit, match="doctor: .*nowhere"):
         main(["--model", str(tmp_path / "nowhere"), "--device", "cpu"])
