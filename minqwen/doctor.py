@@ -1,7 +1,7 @@
 """What this machine can do with the real model: which way fits, at what peak, about how long a step takes.
 
     python -m minqwen.doctor                     the released models, whole and shrunk; nothing is downloaded
-    python -m minqwen.doctor --model data/tiny   a checkpoint, from the headers of its files
+    python -m minqwen.doctor --model data/tiny   a checkpoint in a folder, from the headers of its files
 
 Of a released model the names and shapes are known without its files. What they need is counted; how fast this machine
 is gets measured, on one block, in a few seconds.
@@ -88,24 +88,18 @@ def disk_rate(folder: str | os.PathLike) -> float:
         return PROBE / (time.perf_counter() - start)
 
 
-def shells_of(source: Checkpoint, device: torch.device, dtype: torch.dtype) -> dict[str, Shell]:
-    return {name: Shell(source, PARTS[name], name, device, dtype) for name in PARTS}
-
-
 def here(shells: dict[str, Shell], area: int, pictures: int, disk: float) -> Machine:
     """This machine, timed with these parts."""
-    shell = shells["transformer"]
-    rate, link = rates(shell, area, pictures)
-    host, beside = free_memory(torch.device("cpu")), shell.device.type != "cpu"
-    return Machine("this machine", free_memory(shell.device), host, rate, link, disk, beside)
+    shell, host = shells["transformer"], free_memory(torch.device("cpu"))
+    measured = *rates(shell, area, pictures), disk, shell.device.type != "cpu"
+    return Machine("this machine", free_memory(shell.device), host, *measured)
 
 
 def lines(name: str, shells: dict[str, Shell], machine: Machine, asked: argparse.Namespace) -> Iterator[tuple]:
     """A row of the table for each way to hold a model."""
     for plan in plans(shells, asked.area, asked.pictures):
         fits = plan.peak <= SPARE * machine.free
-        step = machine.seconds(plan)
-        times = (in_time(step), in_time(asked.steps * step)) if fits else ("", "")
+        times = [in_time(count * machine.seconds(plan)) if fits else "" for count in (1, asked.steps)]
         yield name, plan.way, in_bytes(plan.peak), "yes" if fits else "no", *times
 
 
@@ -126,7 +120,7 @@ def command_line() -> Parser:
     purpose = "What fits on this machine, by which way, at what peak, and about how long it takes."
     parser = Parser("doctor", purpose, "python -m minqwen.doctor --area 262144 --steps 8")
     add = parser.add_argument
-    add("--model", help="checkpoint folder or hub repository; None: the released models, of which nothing is fetched")
+    add("--model", metavar="FOLDER", help="a checkpoint on this disk; None: the released models, without a download")
     add("--device", type=device, help="cuda, mps or cpu; None: the first of these that is there")
     add("--dtype", choices=("bfloat16", "float32"), help="of the model; None: bfloat16 on a GPU, else the faster one")
     add("--area", type=number(int, 32**2, MAX_AREA), default=AREA, help="pixels; 1024x1024 is 1048576")
@@ -138,7 +132,10 @@ def command_line() -> Parser:
 @one_line("doctor")
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    asked = command_line().parse_args(arguments)
+    parser = command_line()
+    asked = parser.parse_args(arguments)
+    if asked.model and not os.path.isdir(asked.model):
+        parser.error(f"--model: no such folder: {asked.model} (the released models are looked at without it)")
     where = choose_device(asked.device)
     dtype = getattr(torch, asked.dtype) if asked.dtype else faster_dtype() if where.type == "cpu" else torch.bfloat16
     memory = f"{in_bytes(free_memory(where))} free on it, {in_bytes(free_memory(torch.device('cpu')))} on the host"
@@ -146,7 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{where}, {str(dtype).removeprefix('torch.')}: {memory}; this disk reads {in_bytes(disk)} a second")
     print(f"{what}, {asked.area} pixels, {asked.steps} steps with guidance:\n", flush=True)
     if asked.model:
-        found = {asked.model: shells_of(Checkpoint(asked.model), where, dtype)}
+        checkpoint = Checkpoint(asked.model)
+        found = {asked.model: {name: Shell(checkpoint, PARTS[name], name, where, dtype) for name in PARTS}}
     else:
         found = {name: released(bits, where, dtype) for bits, name in BITS.items()}
     rows = []

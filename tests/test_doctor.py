@@ -81,10 +81,11 @@ def test_a_wrong_option_is_named(option, words, capsys):
     assert end.value.code == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(SystemExit, match="doctor: .*nowhere"):
-        main(["--model", str(tmp_path / "nowhere"), "--device", "cpu"])
+@pytest.mark.parametrize("model", ["nowhere", "Qwen/Qwen-Image-Edit"])
+def test_a_model_that_is_no_folder_is_named_and_never_downloaded(model, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--model", model])
+    assert end.value.code == 2 and f"--model: no such folder: {model}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
