@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from course import BLUE, GREEN, GREY, MODEL, ORANGE, RED, ROOT, TIER, TINY, show
+from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, TIER, show
+from figures.small_model import whole_model as model
 from minqwen.images import image_to_pixels
-from minqwen.pipeline import QwenImagePipeline
 from minqwen.world.things.scenes import portrait
 
 FULL = TIER == "full"
@@ -42,13 +42,6 @@ LIGHT = {"words": "#dcefdc", "picture": "#dceaf7", "core": "#f9dede", "loop": "#
 
 
 # ------------------------------------------------------------------------------------------------------ instruments
-
-
-@cache
-def model() -> QwenImagePipeline:
-    pipe = QwenImagePipeline.from_pretrained(MODEL) if FULL else QwenImagePipeline.from_pretrained(TINY, device="cpu")
-    pipe.transformer.requires_grad_(False)
-    return pipe
 
 
 @cache

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, TINY, show
+from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, show
+from figures.small_model import given, model
 from minqwen.images import pack_latents
-from minqwen.pipeline import QwenImagePipeline
 
 WISH, SCENE = "make the star green", ROOT / "data/pictures/scene.png"  # an edit that the small model gets right
 STEPS = 8  # of an edit
@@ -31,18 +31,6 @@ Embed = Callable[[Tensor], Tensor]  # levels (B,) -> temb (B, C)
 
 
 # ------------------------------------------------------------------------------------------------------ instruments
-
-
-@cache
-def model() -> QwenImagePipeline:
-    pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu")
-    pipe.transformer.requires_grad_(False)
-    return pipe
-
-
-@cache
-def given() -> Image.Image:
-    return Image.open(SCENE)
 
 
 @contextmanager

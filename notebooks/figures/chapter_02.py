@@ -18,10 +18,10 @@ from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from PIL import Image
 from torch import Tensor, nn
 
-from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, TINY, show
+from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, show
+from figures.small_model import given, model
 from minqwen import attention
 from minqwen.images import pack_latents
-from minqwen.pipeline import QwenImagePipeline
 
 WISH = "make the star green"
 STEPS = 8  # of an edit
@@ -29,18 +29,6 @@ Place = Callable[[Tensor, list], Tensor]  # queries or keys (B, N, H, D) and the
 
 
 # -------------------------------------------------------------------------------------------------- the small model
-
-
-@cache
-def model() -> QwenImagePipeline:
-    pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu")
-    pipe.transformer.requires_grad_(False)
-    return pipe
-
-
-@cache
-def given() -> Image.Image:
-    return Image.open(ROOT / "data/pictures/scene.png")
 
 
 @contextmanager

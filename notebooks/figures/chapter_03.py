@@ -6,7 +6,6 @@ another function in the place of PyTorch's (`watched`), its wires are cut in the
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -17,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, TINY, show
+from course import BLUE, GREEN, GREY, ORANGE, RED, show
+from figures.small_model import given, model
 from minqwen import attention as library
-from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT, tokenize_prompts
 
 WISH, WORD = "make the star green", "green"
@@ -32,18 +31,6 @@ LIGHT = {"words": "#dcefdc", "picture": "#dceaf7", "both": "#fff3d6"}
 
 
 # ------------------------------------------------------------------------------------------------------ instruments
-
-
-@cache
-def model() -> QwenImagePipeline:
-    pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu")
-    pipe.transformer.requires_grad_(False)
-    return pipe
-
-
-@cache
-def given() -> Image.Image:
-    return Image.open(ROOT / "data/pictures/scene.png")
 
 
 def edit(

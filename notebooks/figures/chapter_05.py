@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from course import BLUE, GREY, ORANGE, RED, ROOT, TINY, show
+from course import BLUE, GREY, ORANGE, RED, ROOT, show
+from figures.small_model import model as pipeline
 from minqwen.difference import record
 from minqwen.images import pack_latents
-from minqwen.pipeline import QwenImagePipeline
 from minqwen.world import sample_edit
 
 PICTURE, WISH = ROOT / "data/pictures/scene.png", "make the star green"
@@ -32,13 +32,6 @@ KINDS = {"modulation": "_mod.", "attention": ".attn.", "MLP": "_mlp."}
 
 
 # ------------------------------------------------------------------------------------------------------ instruments
-
-
-@cache
-def pipeline() -> QwenImagePipeline:
-    pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu")
-    pipe.transformer.requires_grad_(False)
-    return pipe
 
 
 @cache

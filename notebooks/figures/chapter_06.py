@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, TINY, show, style
+from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, show, style
+from figures.small_model import given, model
 from minqwen.images import image_to_pixels, pixels_to_image
-from minqwen.pipeline import QwenImagePipeline
 from minqwen.vae import LATENTS_MEAN, LATENTS_STD, AutoencoderKLQwenImage
 
 SCENE = ROOT / "data/pictures/scene.png"  # what the shipped checkpoint was trained on
@@ -30,21 +30,8 @@ Pair = tuple[nn.Module, nn.Module]  # encoder and decoder, as the lesson trains 
 # ------------------------------------------------------------------------------------------------------ instruments
 
 
-@cache
-def model() -> QwenImagePipeline:
-    pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu")
-    for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
-        part.requires_grad_(False)
-    return pipe
-
-
 def autoencoder() -> AutoencoderKLQwenImage:
     return model().vae
-
-
-@cache
-def given() -> Image.Image:
-    return Image.open(SCENE).convert("RGB")
 
 
 @cache

@@ -19,9 +19,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, TINY, show
+from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, show
+from figures.small_model import given as scene
+from figures.small_model import model
 from minqwen import prompt as library
-from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT, IMAGE_PAD, T2I, Template
 from minqwen.tokenizer import load_tokenizer
 from minqwen.world import judge, sample_edit
@@ -54,19 +55,6 @@ def released_tokenizer() -> Tokenizer:
         for name, content in files.items():
             (Path(place) / name).write_text(content, encoding="utf-8", newline="")
         return load_tokenizer(place)
-
-
-@cache
-def model() -> QwenImagePipeline:
-    """The small trained model."""
-    pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu")
-    pipe.text_encoder.requires_grad_(False)
-    return pipe
-
-
-@cache
-def scene() -> Image.Image:
-    return Image.open(ROOT / "data/pictures/scene.png").convert("RGB")
 
 
 @cache

@@ -41,7 +41,7 @@ SIDE, CAPTION, WIDTH = 1024, 20, 3584  # pixels; tokens of a caption; numbers in
 
 @cache
 def model() -> QwenImagePipeline:
-    """The small trained model."""
+    """The small trained model, not frozen: a step of its training is timed."""
     return QwenImagePipeline.from_pretrained(TINY, device="cpu", dtype=torch.float32)
 
 

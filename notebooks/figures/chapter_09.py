@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from course import BLUE, GREEN, GREY, MODEL, ORANGE, RED, ROOT, TIER, TINY, show
+from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, TIER, TINY, show
+from figures.small_model import whole_model as model
 from minqwen.images import pack_latents, pixels_to_image, unpack_latents
 from minqwen.pipeline import QwenImagePipeline, starting_noise
 from minqwen.prompt import pad_prompts
@@ -183,13 +184,6 @@ def shares(x: Tensor, said: Tensor) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------- the shipped model
-
-
-@cache
-def model() -> QwenImagePipeline:
-    pipe = QwenImagePipeline.from_pretrained(MODEL) if FULL else QwenImagePipeline.from_pretrained(TINY, device="cpu")
-    pipe.transformer.requires_grad_(False)
-    return pipe
 
 
 @cache

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, TINY
+from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT
+from figures.small_model import model as pipeline
 from minqwen.finetune import flow_loss, make_batch
 from minqwen.lora import load_lora
 from minqwen.pipeline import QwenImagePipeline
@@ -38,13 +39,6 @@ LIGHT = {"blue": "#dceaf7", "green": "#dcefdc", "orange": "#fbe3c3", "grey": "#e
 
 
 # ------------------------------------------------------------------------------------------------------ instruments
-
-
-@cache
-def pipeline() -> QwenImagePipeline:
-    pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu")
-    pipe.transformer.requires_grad_(False)
-    return pipe
 
 
 def fresh() -> QwenImageTransformer2DModel:
