@@ -215,9 +215,13 @@ def four_of_128(waves_of: Embed, chosen: Sequence[int] = (0, 32, 64, 96)) -> Non
     plt.show()
 
 
-def near_and_far(waves_of: Embed, start: float = 0.5) -> dict[str, Tensor]:
-    """How far the numbers of another level are from those of 0.5: one fast clock, one slow clock, all of them."""
-    gap = torch.linspace(0, 0.2, 4001)
+def near_and_far(waves_of: Embed, start: float = 0.5, drawn: float = 0.2) -> tuple[Tensor, dict[str, Tensor]]:
+    """How far the numbers of higher levels are from those of 0.5: one fast clock, one slow clock, all of them.
+
+    Up to a gap of `drawn` it is drawn; the gaps up to level 1 and the distances are returned.
+    """
+    gap = torch.linspace(0, 1 - start, 10001)
+    near = gap <= drawn
     base, moved = waves_of(torch.tensor([start])), waves_of(start + gap)
     kinds = {"the fastest clock": ([0, 128], RED), "a slow clock": ([96, 224], GREY), "all 128": (range(256), BLUE)}
     distances = {}
@@ -225,12 +229,12 @@ def near_and_far(waves_of: Embed, start: float = 0.5) -> dict[str, Tensor]:
     for name, (columns, colour) in kinds.items():
         columns = list(columns)
         distances[name] = (moved[:, columns] - base[:, columns]).norm(dim=-1) / (len(columns) / 2) ** 0.5
-        axis.plot(gap, distances[name], color=colour, lw=2.4 if len(columns) > 2 else 1.2, label=name)
+        axis.plot(gap[near], distances[name][near], color=colour, lw=2.4 if len(columns) > 2 else 1.2, label=name)
     axis.set(xlabel=f"how far the other level lies from σ = {start:g}", ylabel="distance of the\nnumbers, per clock")
     axis.set(ylim=(0, 2.1), title="neighbours should differ, and nothing far away should look the same")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     plt.show()
-    return distances
+    return gap, distances
 
 
 def way_of_sigma(C: int) -> None:
