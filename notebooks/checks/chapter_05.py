@@ -276,16 +276,19 @@ FORGOTTEN = {
     "to_add_out": "to_add_out makes the words' share of attention, which nobody reads in the last block",
     "add_q_proj": "the words' queries decide only what the words get: who reads that in the last block?",
     "norm_added_q": "the words' queries are not needed in the last block, so neither is their norm",
+    "img_mlp": "the matrix behind it is all zeros in this model; measure, a list of names does not know that",
 }
 
 
 @exercise("05.6")
 def unused(answer):
-    """unused(model, inputs) -> names, on random models of one to three blocks."""
-    for layers in (2, random.choice((1, 3))):
+    """unused(model, inputs) -> names, on random models of one to three blocks; the last one has a matrix of zeros."""
+    for layers, zeros in ((2, False), (random.choice((1, 3)), False), (2, True)):
         config = {"num_layers": layers, "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 8}
         config |= {"out_channels": 2, "joint_attention_dim": 12, "axes_dims_rope": (4, 2, 2)}
         model = QwenImageTransformer2DModel(**config)
+        if zeros:  # then what the layer in front of it makes reaches nothing: a list of names does not know that
+            nn.init.zeros_(random.choice(model.transformer_blocks).img_mlp.net[2].weight)
         given = {"hidden_states": torch.randn(1, 6, 8), "encoder_hidden_states": torch.randn(1, 4, 12)}
         given |= {"timestep": torch.rand(1), "img_shapes": [[(1, 2, 3)]]}
         want, weights = dead(model, given), {n: p.detach().clone() for n, p in model.named_parameters()}

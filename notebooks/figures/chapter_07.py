@@ -234,7 +234,7 @@ def rows_of_the_table(table: Tensor, ids: Tensor, words: list[str]) -> None:
     axes[0].set_title(f"the table: a row for each of {rows} pieces")
     axes[1].set_title("what a sentence becomes")
     for row in ids.tolist():
-        axes[0].add_patch(plt.Rectangle((-0.5, row - 0.5), width, 1, fill=False, edgecolor=GREEN, lw=1.6))
+        axes[0].add_patch(plt.Rectangle((-0.4, row - 0.38), width - 0.2, 0.76, fill=False, edgecolor=GREEN, lw=2))
     plt.show()
 
 

@@ -163,6 +163,7 @@ WRONG = {
         ("norm_added_k", named(*ALL, "norm_added_k")),
         ("only the last block's words", named(*ALL, last=0, more=["img_in.weight"])),
         ("has no tensor", named(*ALL, more=["transformer_blocks.59.to_add_out.weight"])),
+        ("a list of names does not know", named(*ALL)),
         ("put back what you change", spoiled),
         ("expected a set of names", lambda model, inputs: 9),
     ],
