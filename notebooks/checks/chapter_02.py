@@ -239,6 +239,8 @@ CAUSES = {
     "C": "centring changes the image tables, and those agree",
     "D": "the pairing is not in the tables, so pos_embed would agree",
     "E": "then two pictures of 4×4 would show it already",
+    "F": "then [(1, 4, 4), (1, 4, 6)] would show nothing: its last picture is its largest",
+    "G": "rows and columns stand in the image tables too, and those agree",
 }
 
 

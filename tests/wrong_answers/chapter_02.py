@@ -143,6 +143,8 @@ WRONG = {
         ("how many rows has the table", Answers((("pos_embed", "image", "C"), SHOWS))),
         ("the frame number stands in the image tables", Answers((("pos_embed", "text", "B"), SHOWS))),
         ("two pictures of 4×4 would show it", Answers((("pos_embed", "text", "E"), SHOWS))),
+        ("its last picture is its largest", Answers((("pos_embed", "text", "F"), SHOWS))),
+        ("rows and columns stand in the image tables", Answers((("pos_embed", "text", "G"), SHOWS))),
     ],
     "freeze": [
         ("delete the pairs", frozen(cos=0.0)),
