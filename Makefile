@@ -19,7 +19,7 @@ WORKERS ?= auto
 
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help lab check test bench bench-bits bench-released floors fuzz kills situations machines timings notebooks tiny clean setup setup-test
+.PHONY: help lab check test bench bench-bits bench-released floors fuzz kills situations machines gpu timings notebooks tiny clean setup setup-test
 
 # Jupyter finds this environment's own kernel before any other "python3" that is registered on the machine.
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -36,6 +36,7 @@ help:
 	@echo "make kills      kill long work 100 times at random moments, and compare its bytes"
 	@echo "make situations  run every notebook out of order, offline, read-only and so on: an hour, or less with BENCH_ARGS='--jobs 4'"
 	@echo "make machines   write what the released model needs on some machines into README.md"
+	@echo "make gpu        everything that waits for a CUDA card, in at most 8 minutes: speed, peaks, training; writes a table"
 	@echo "make timings    time tests, notebooks and an edit on this machine, and write the rows into README.md"
 	@echo "make notebooks  bring notebooks up to date with the library, run them, keep their outputs"
 	@echo "make tiny       set everything up, then train the tiny checkpoint from nothing into runs/tiny"
@@ -108,6 +109,9 @@ situations: setup-test
 
 machines: setup-test
 	@$(PY) tests/machines.py
+
+gpu: setup-test
+	@$(PY) tests/gpu.py --write $(BENCH_ARGS)
 
 timings: setup-test
 	@$(PY) tests/timings.py

@@ -53,9 +53,9 @@ class Machine(NamedTuple):
 class Released(Shell):
     """What `plans` and `rates` ask of a Shell, for a part of a released model: the weights are zeros."""
 
-    def __init__(self, name: str, bits: int, device: torch.device | str, dtype: torch.dtype):
+    def __init__(self, name: str, bits: int, device: torch.device | str, dtype: torch.dtype, **config):
         with torch.device("meta"):
-            self.module = PARTS[name]().to(torch.bfloat16)
+            self.module = PARTS[name](**config).to(torch.bfloat16)
         for path, layer in list(self.module.named_modules()) if bits < 16 else ():
             if type(layer) is nn.Linear and bits_of(path, bits):
                 sizes = layer.in_features, layer.out_features, bits_of(path, bits), layer.bias is not None

@@ -261,7 +261,7 @@ POINTS = {
 
 def rows(checkpoint: Checkpoint, photo: Image.Image) -> Iterator[tuple[str, str, str]]:
     """The report: a point; "as expected", "measured", "differs", "fails" or "not run"; what was found."""
-    if checkpoint.config("transformer/config.json").get("_shrunk"):
+    if checkpoint.config("model_index.json").get("_shrunk"):
         raise ValueError(f"{checkpoint} was written by shrink: verify the checkpoint that it was made of")
     for name, point in POINTS.items():
         try:

@@ -194,6 +194,7 @@ def test_walking_away_in_the_middle_leaves_no_block_behind(folder):
 @pytest.fixture
 def released(monkeypatch) -> dict[str, Shell]:
     """The shells of the released model, of names and shapes alone."""
+
     class Meta(Checkpoint):
         def __init__(self):
             self.source = "released"
@@ -333,3 +334,15 @@ def test_a_large_model_computes_in_the_dtype_in_which_the_cpu_is_faster(monkeypa
     assert dtype == getattr(torch, chosen)
     assert which.default_dtype(torch.device("cpu"), Checkpoint(TINY), ["vae"]) == torch.float32
     assert which.default_dtype(torch.device("mps"), Checkpoint(TINY), PARTS) == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_every_way_paints_the_same_picture():
+    pictures = []
+    for way in ("resident", "turns", "stream"):
+        pipe = QwenImagePipeline.from_pretrained(TINY, "cuda", torch.float32, memory=way)
+        noise = torch.Generator().manual_seed(0)
+        pictures.append(pipe.edit(Image.new("RGB", (64, 64), "teal"), "x", num_inference_steps=4, generator=noise))
+    resident, turns, stream = (np.asarray(picture, int) for picture in pictures)
+    assert np.array_equal(turns, stream) and abs(turns - resident).max() <= 1

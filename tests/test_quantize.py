@@ -210,3 +210,12 @@ def test_the_velocity_stays_near(bits, largest):
     inputs = torch.randn(1, 16, 64), *pipe.encode_prompt("a red star"), torch.tensor([0.7]), [[(1, 4, 4)]]
     with torch.no_grad():
         assert relative(model(*inputs), pipe.transformer(*inputs)) < largest
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_a_gpu_unpacks_the_numbers_of_the_cpu(bits):
+    layer = quantize(nn.Linear(300, 70), bits)
+    here = layer.unpacked()
+    assert torch.equal(layer.cuda().unpacked().cpu(), here)

@@ -169,7 +169,7 @@ def test_what_is_not_there_is_named(arguments, words, monkeypatch, capsys):
 
 def test_a_shrunk_checkpoint_is_refused(tmp_path, monkeypatch):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
-    change_json("transformer/config.json", _shrunk={"format": 2})(tmp_path)
+    change_json("model_index.json", _shrunk={"format": 2})(tmp_path)
     with pytest.raises(ValueError, match="was written by shrink"):
         statuses(tmp_path, monkeypatch, LIGHT)
 
