@@ -80,6 +80,29 @@ def ledger(checkpoint=None) -> None:
     print(" | ".join(line))
 
 
+def numbers(checkpoint, component: str, prefix: str) -> dict:
+    """The tensors of a component whose names start with prefix, in float32: name -> Tensor.
+
+    A checkpoint that minqwen.shrink wrote holds codes and scales; from it come the weights that they stand for.
+    """
+    from minqwen.pipeline import PARTS
+    from minqwen.quantize import QuantizedLinear
+
+    stored = checkpoint.tensors(component, prefix)
+    codes = {name: stored[name].dtype for name in stored if f"{name}_scale" in stored}
+    if codes:
+        rename = getattr(PARTS[component], "released_name", str)
+        with torch.device("meta"):
+            shapes = PARTS[component](**checkpoint.config(f"{component}/config.json")).state_dict()
+    for name, dtype in codes.items():
+        out, width = shapes[rename(name)].shape
+        layer = QuantizedLinear(width, out, 8 if dtype == torch.int8 else 4, bias=False, device="meta")
+        found = {end: stored.pop(f"{name}{end}", None) for end in ("", "_scale", "_offset")}
+        layer.load_state_dict({f"weight{end}": t for end, t in found.items() if t is not None}, assign=True)
+        stored[name] = layer.unpacked()
+    return {name: tensor.float() for name, tensor in stored.items()}
+
+
 def show(pictures, titles=None, size: float = 1.9, rows: int = 1):
     """Pictures (PIL images or arrays) side by side, small ones enlarged without smoothing."""
     columns = -(-len(pictures) // rows)

@@ -21,6 +21,8 @@ from hub import ask_only, serving
 from reference import randomise_
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from minqwen.shrink import shrink
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS, TINY = ROOT / "notebooks", ROOT / "data" / "tiny"
 CONFIG = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 128, "joint_attention_dim": 48}
@@ -104,3 +106,20 @@ def test_a_chapters_slice_is_read_by_byte_range(path, hub, chapter, capsys):
     stored = sum(file.stat().st_size for file in hub.folder.rglob("*.safetensors"))
     assert 0 < chapter.checkpoint.fetched < stored
     assert hub.sent_weights() == chapter.checkpoint.fetched, "weights came in another way than by ranges"
+
+
+@pytest.fixture(scope="module")
+def small(released, tmp_path_factory):
+    """The same checkpoint as minqwen.shrink writes it, at 4 bits."""
+    folder = tmp_path_factory.mktemp("small") / "small"
+    shrink(released, folder, bits=4, progress=False)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_shows_a_shrunk_checkpoint_in_the_tier_full(path, small, chapter, monkeypatch, capsys):
+    monkeypatch.setenv("MINQWEN_TIER", "full")
+    monkeypatch.setenv("MINQWEN_MODEL", str(small))
+    exec(compile(slice_code(path), path.name, "exec"), vars(chapter))
+    assert "tier full" in capsys.readouterr().out
