@@ -19,7 +19,7 @@ WORKERS ?= auto
 
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help lab check test bench bench-bits bench-released floors fuzz kills situations machines gpu timings notebooks tiny clean setup setup-test
+.PHONY: help lab check test bench bench-bits bench-released floors fuzz kills situations tiers machines gpu timings notebooks tiny clean setup setup-test
 
 # Jupyter finds this environment's own kernel before any other "python3" that is registered on the machine.
 export JUPYTER_PREFER_ENV_PATH := 1
@@ -35,6 +35,7 @@ help:
 	@echo "make fuzz       try 20,000 damaged and unusual inputs"
 	@echo "make kills      kill long work 100 times at random moments, and compare its bytes"
 	@echo "make situations  run every notebook out of order, offline, read-only and so on: an hour, or less with BENCH_ARGS='--jobs 4'"
+	@echo "make tiers      run every notebook in the tier full, on made weights that shrink wrote: half an hour"
 	@echo "make machines   write what the released model needs on some machines into README.md"
 	@echo "make gpu        everything that waits for a CUDA card, in at most 8 minutes: speed, peaks, training; writes a table"
 	@echo "make timings    time tests, notebooks and an edit on this machine, and write the rows into README.md"
@@ -106,6 +107,9 @@ kills: setup-test
 
 situations: setup-test
 	@OMP_NUM_THREADS=1 $(PY) tests/situations.py --write $(BENCH_ARGS)
+
+tiers: setup-test
+	@PYTHONPATH=tests $(PY) tests/tiers.py runs/made_tiers --write $(BENCH_ARGS)
 
 machines: setup-test
 	@$(PY) tests/machines.py

@@ -80,7 +80,7 @@ def ledger(checkpoint=None) -> None:
     print(" | ".join(line))
 
 
-def numbers(checkpoint, component: str, prefix: str) -> dict:
+def weights_of(checkpoint, component: str, prefix: str) -> dict:
     """The tensors of a component whose names start with prefix, in float32: name -> Tensor.
 
     A checkpoint that minqwen.shrink wrote holds codes and scales; from it come the weights that they stand for.
