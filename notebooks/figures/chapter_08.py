@@ -29,8 +29,9 @@ from minqwen.world import sample_edit
 
 COUNT, SEED = 6, 7  # of the data set
 STORED = {"transformer": 40.86, "text encoder": 16.58, "VAE": 0.25}  # GB, the released files, bf16
-# 10**12 operations of a training step of the released model, counted in the appendix: an edit at 1024² pixels
-OPERATIONS = {"VAE": 5.7, "text encoder": 27.6, "transformer": 396.3}
+# 10**12 operations of a step that trains all weights of the released transformer, forward and backward, counted in the
+# appendix: an edit at 1024² pixels
+OPERATIONS = {"VAE": 5.7, "text encoder": 27.6, "transformer": 594.4}
 COLOURS = {"transformer": RED, "text encoder": GREEN, "VAE": BLUE}
 LIGHT = {"transformer": "#f9dede", "text encoder": "#dcefdc", "VAE": "#dceaf7", "rest": "#f0f0f0"}
 SIDE, CAPTION, WIDTH = 1024, 20, 3584  # pixels; tokens of a caption; numbers in a vector of the released encoder
@@ -156,7 +157,7 @@ def three_networks() -> None:
     tall = {"transformer": 2.3, "text encoder": 1.15, "VAE": 0.15}
     wide = {name: size * scale / tall[name] for name, size in STORED.items()}
     box(axis, -0.15, -0.45, 4.85, 4.35, "", "#f7f9fc", edge=BLUE, ls="--", lw=1.2)
-    axis.text(-0.02, 3.68, "frozen: the same answer in every step", fontsize=10, color=BLUE, va="center")
+    axis.text(-0.02, 3.68, "frozen: the same answer in every epoch", fontsize=10, color=BLUE, va="center")
     x, y = 2.0, 2.1
     box(axis, x, y, wide["text encoder"], tall["text encoder"], "text\nencoder\n16.6 GB", LIGHT["text encoder"], 10)
     axis.text(0.1, 2.68, "caption,\ngiven picture", fontsize=9.5, va="center")
@@ -273,11 +274,11 @@ def two_folders(data: Path, captions: dict[str, str], count: int = 3) -> None:
     plt.show()
 
 
-def draw_or_mean(mean: float, width: float, draws: Tensor) -> None:
-    """One latent number: its bell curve, and how far the average over the epochs is from the mean."""
+def draw_or_mean(mean: float, deviation: float, draws: Tensor) -> None:
+    """One latent number: its cloud, and how far the average over the epochs is from the mean."""
     figure, axes = plt.subplots(1, 2, figsize=(9.4, 2.8))
-    x = np.linspace(mean - 4 * width, mean + 4 * width, 300)
-    axes[0].fill_between(x, np.exp(-0.5 * ((x - mean) / width) ** 2), color=BLUE, alpha=0.25, lw=0)
+    x = np.linspace(mean - 4 * deviation, mean + 4 * deviation, 300)
+    axes[0].fill_between(x, np.exp(-0.5 * ((x - mean) / deviation) ** 2), color=BLUE, alpha=0.25, lw=0)
     axes[0].axvline(mean, color=BLUE, lw=2, label="the mean")
     axes[0].axvline(float(draws[0]), color=RED, lw=2, label="the first draw")
     axes[0].plot(draws[:20], np.full(len(draws[:20]), 0.03), "|", color="#444444", ms=12, label="more draws")
@@ -293,8 +294,9 @@ def draw_or_mean(mean: float, width: float, draws: Tensor) -> None:
     axes[1].plot(epochs, (draws.cumsum(0) / epochs - mean).abs(), color=GREY, label="a new draw in each epoch")
     axes[1].plot(epochs, (draws[0] - mean).abs().expand(len(draws)), color=RED, label="one draw, kept")
     axes[1].plot(epochs, torch.zeros(len(draws)), color=BLUE, label="the mean, kept")
-    axes[1].set(xlabel="epochs", ylabel="off by", title="the average over all epochs so far")
-    axes[1].set_ylim(-0.03 * width, 1.9 * max((draws[:9].cumsum(0) / epochs[:9] - mean).abs().max(), width))
+    axes[1].set(xlabel="epochs", ylabel="distance from the mean", title="the average over all epochs so far")
+    highest = max((draws[:9].cumsum(0) / epochs[:9] - mean).abs().max(), deviation)
+    axes[1].set_ylim(-0.03 * deviation, 1.9 * highest)
     axes[1].legend(loc="upper right")
     plt.show()
 
@@ -425,7 +427,7 @@ def two_runs(names: list[str], *runs: list[tuple[str, bool]]) -> None:
 
 
 def out_of_date(counts: dict[str, dict[str, int]], of: int) -> None:
-    """How many kept samples are wrong after each change: counts[how it is named][what changed]."""
+    """How many samples get wrong vectors after each change: counts[how files are named][what changed]."""
     figure, axis = plt.subplots(figsize=(7.6, 2.5))
     changes = list(next(iter(counts.values())))
     for k, (name, found) in enumerate(counts.items()):
@@ -433,7 +435,7 @@ def out_of_date(counts: dict[str, dict[str, int]], of: int) -> None:
         axis.barh(places, found.values(), 0.34, color=(RED, BLUE)[k], label=name)
         for place, number in zip(places, found.values(), strict=True):
             axis.text(number + 0.08, place, f"{number} of {of}", va="center", fontsize=10, color=(RED, BLUE)[k])
-    axis.set(yticks=range(len(changes)), yticklabels=changes, xlim=(0, of + 1), xlabel="kept samples that are wrong")
+    axis.set(yticks=range(len(changes)), yticklabels=changes, xlim=(0, of + 1), xlabel="samples that get wrong vectors")
     axis.tick_params(axis="y", labelsize=9.5)
     axis.invert_yaxis()
     axis.legend(title="files are named", loc="center right", bbox_to_anchor=(1, 0.6))
