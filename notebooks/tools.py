@@ -28,6 +28,7 @@ SHOWN = {  # chapter -> the files whose definitions it shows, all of them
     "08": ["precompute"],
     "09": ["sampling"],
     "10": ["lora"],
+    "11": ["quantize", "memory"],
 }
 HEAD = re.compile(r"# minqwen/(\w+)\.py: ([\w, ]+)\n?")
 REGION = re.compile(r"^(?P<indent>[ ]*)# solution\n(?:.*\n)*?[ ]*# end$", re.MULTILINE)

@@ -176,7 +176,7 @@ def test_make_help_and_the_readme_name_what_make_does():
 def test_the_timings_have_their_place_in_the_readme():
     printed = "95.00s call     notebooks/10_a.ipynb::\n11.04s call     notebooks/01_b.ipynb::\n"
     seconds = timings.chapter_seconds(printed) | {"06": 50.0}
-    assert timings.chapter_memory().keys() == {f"{number:02}" for number in range(11)}
+    assert timings.chapter_memory().keys() == {f"{number:02}" for number in range(12)}
     table = timings.table(0.23, {"test": 500.0}, seconds, {"01": 0.5, "06": 1.4, "10": 0.9})
     lines = "\n".join(table)
     assert "| 0.2 s |" in lines and "11 s (01) to 95 s (10), all together 3 minutes" in lines

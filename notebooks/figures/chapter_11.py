@@ -1,0 +1,496 @@
+"""Figures of chapter 11: where the bytes of the released model lie, and four ways to need less of them.
+
+Sizes are counted on the shapes of the released model, times on the data sheets of some machines; what is edited is the
+scene of the lessons, by data/tiny. What depends on its weights stands in the constants.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from course import BLUE, GREEN, GREY, ORANGE, RED, TINY
+from figures.small_model import given
+from figures.small_model import model as pipeline
+from minqwen.doctor import Machine, released
+from minqwen.images import pack_latents
+from minqwen.memory import MODULATION, Shell, unread_layers
+from minqwen.pipeline import QwenImagePipeline, starting_noise
+from minqwen.plans import SPARE, Plan, plans
+from minqwen.prompt import pad_prompts
+from minqwen.sampling import denoise, get_sigmas
+from minqwen.world import KINDS, Edit, judge, sample_edit
+
+WISH = "make the star green"  # what is done to the scene
+STEPS = 4  # of an edit, without guidance: enough for the small model
+COUNT, SEED = 20, 3 * 10**8  # edits that are counted, on scenes that no training used
+STRENGTH = 0.06  # of the random adapter: its edits are to differ visibly
+LEVEL = 0.7  # the noise level at which velocities are compared
+
+AREA, SIDES = 1024 * 1024, np.arange(512, 1537, 64)  # pixels of the released model; sides of pictures
+SHARE = 0.5  # of what a data sheet promises
+# GB of card and host; dense bfloat16 operations and bytes of the bus a second, in 10^12 and 10^9; a disk of 3 GB/s
+MACHINES = [
+    Machine(name, card * 1e9, host * 1e9, SHARE * rate * 1e12, SHARE * link * 1e9, 3e9)
+    for name, card, host, rate, link in [
+        ("RTX 4060, 8 GB", 8, 32, 30, 16),
+        ("RTX 4090, 24 GB", 24, 64, 165, 32),
+        ("H100, 80 GB", 80, 128, 989, 64),
+    ]
+]
+BITS = {16: "as released", 8: "8 bits", 4: "4 bits"}
+LIGHT = {"blue": "#dceaf7", "green": "#dcefdc", "orange": "#fbe3c3", "red": "#f6dada", "grey": "#eeeeee"}
+
+
+# ------------------------------------------------------------------------------------------------------ instruments
+
+
+def pipe_with(transformer: nn.Module) -> QwenImagePipeline:
+    """The small model's pipeline with another transformer."""
+    pipe = copy.copy(pipeline())
+    pipe.transformer = transformer
+    if not hasattr(transformer, "img_in"):  # a model inside another: a pipeline looks here for device and dtype
+        transformer.img_in = transformer.model.img_in
+    return pipe
+
+
+def settings() -> dict:
+    """Of the edit that is compared: always from the same noise."""
+    chance = torch.Generator().manual_seed(0)
+    return {"num_inference_steps": STEPS, "true_cfg_scale": 1.0, "generator": chance, "progress": False}
+
+
+def edit(model: nn.Module | QwenImagePipeline) -> Image.Image:
+    """What a transformer, or a whole pipeline, makes of the scene."""
+    pipe = pipe_with(model) if isinstance(model, nn.Module) else model
+    return pipe.edit(given(), WISH, **settings())
+
+
+def tokens() -> tuple[int, int]:
+    """Rows and columns of the scene's tokens."""
+    width, height = pipeline().resize_references([given()])[0][0].size
+    return height // 16, width // 16
+
+
+def noise() -> Tensor:
+    """With which `edit` begins."""
+    return starting_noise(*tokens(), torch.Generator().manual_seed(0))
+
+
+def sigmas(steps: int = STEPS) -> Tensor:
+    """The noise levels of that edit."""
+    h, w = tokens()
+    return get_sigmas(steps, h * w, **pipeline().schedule)
+
+
+def apart(one: Image.Image, other: Image.Image) -> int:
+    """The largest difference of two pictures, in levels of 255."""
+    return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
+
+
+def same(one: Image.Image, other: Image.Image) -> int:
+    """That difference, said."""
+    print(f"largest difference of an edit's pixels: {apart(one, other)} of 255")
+    return apart(one, other)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The length of the difference, as a share of theirs."""
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@cache
+def tasks() -> list[Edit]:
+    """Edits of each kind in turn."""
+    rng = np.random.default_rng(SEED)
+    return [sample_edit(rng, list(KINDS)[k % len(KINDS)]) for k in range(COUNT)]
+
+
+@cache
+def prepared() -> tuple:
+    """What a transformer is given for all of these at once: noise, clean tokens, words, mask, token grids."""
+    pipe = pipeline()
+    pictures, seen = zip(*(pipe.resize_references([task.source]) for task in tasks()), strict=True)
+    prompts = [pipe.encode_prompt(task.instruction, look) for task, look in zip(tasks(), seen, strict=True)]
+    clean = torch.cat([pack_latents(pipe.encode_image(each[0])) for each in pictures])
+    w, h = (side // 16 for side in pictures[0][0].size)
+    start = torch.cat([starting_noise(h, w, torch.Generator().manual_seed(k)) for k in range(COUNT)])
+    return start, clean, *pad_prompts(prompts), [[(1, h, w)] * 2] * COUNT
+
+
+@torch.inference_mode()
+def velocity(model: nn.Module, latents: Tensor, sigma: float) -> Tensor:
+    """Of all these edits."""
+    _, clean, embeds, mask, shapes = prepared()
+    levels = torch.full((COUNT,), sigma)
+    return model(torch.cat([latents, clean], dim=1), embeds, mask, levels, shapes)[:, : latents.shape[1]]
+
+
+def velocity_error(model: nn.Module) -> float:
+    """How far a transformer's velocity is from the small model's, as a share of it."""
+    start = prepared()[0]
+    return relative(*(velocity(each, start, LEVEL) for each in (model, pipeline().transformer)))
+
+
+def count_right(model: nn.Module) -> int:
+    """How many of these edits are right."""
+    start, _, _, _, [[(_, h, w), _], *_] = prepared()
+    levels = get_sigmas(STEPS, h * w, **pipeline().schedule)
+    latents = denoise(lambda x, sigma: velocity(model, x, sigma), start, levels)
+    pictures = [pipeline().decode(each[None], 16 * w, 16 * h) for each in latents]
+    return sum(judge(picture, task) for picture, task in zip(pictures, tasks(), strict=True))
+
+
+def streamed_pipeline() -> QwenImagePipeline:
+    """The small model as the library streams it."""
+    with redirect_stdout(StringIO()):  # a line that says what it needs
+        return QwenImagePipeline.from_pretrained(TINY, device="cpu", memory="stream")
+
+
+def with_adapter(model: nn.Module) -> nn.Module:
+    """The model with a random matrix of rank 1 added to each modulation layer of the picture."""
+    adapted, chance = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    for block in adapted.transformer_blocks:
+        weight = block.img_mod[1].weight  # (6C, C)
+        A = torch.randn(1, weight.shape[1], generator=chance)
+        B = torch.randn(len(weight), 1, generator=chance)
+        weight.data += STRENGTH * B @ A
+    return adapted
+
+
+def part(*without: str) -> QwenImagePipeline:
+    """The small model, opened anew without some of its parts."""
+    return QwenImagePipeline.from_pretrained(TINY, device="cpu", without=without, memory="resident")
+
+
+@cache
+def shells(bits: int) -> dict[str, Shell]:
+    """The parts of the released model, as names and shapes."""
+    return released(bits, "cuda")
+
+
+@cache
+def ways(bits: int, area: int = AREA) -> dict[str, Plan]:
+    """Resident, turns, stream: what each needs for an edit of so many pixels."""
+    return {plan.way: plan for plan in plans(shells(bits), area)}
+
+
+def bytes_of(shell: Shell, wanted: Callable[[str], bool]) -> int:
+    return sum(shell.size(name) for name in shell.stored if wanted(name))
+
+
+def without_table(bits: int) -> int:
+    """Bytes of a transformer whose modulation, and what nobody reads, stays away."""
+    shell = shells(bits)["transformer"]
+    unread = unread_layers(shell.stored)
+    return bytes_of(shell, lambda name: MODULATION not in name and not name.startswith(unread))
+
+
+def watched(walk: Callable, bus: float, compute: float, count: int = 6) -> list[tuple[str, int, float, float]]:
+    """Who works on which block from when to when, in a walk whose blocks only sleep."""
+    noted, begun = [], time.perf_counter()
+
+    def work(lane: str, number: int, seconds: float) -> int:
+        start = time.perf_counter()
+        time.sleep(seconds)
+        noted.append((lane, number, start - begun, time.perf_counter() - begun))
+        return number
+
+    for block in walk(lambda k: work("fetch", k, bus), count):
+        work("compute", block, compute)
+    return noted
+
+
+# ---------------------------------------------------------------------------------------------------------- drawings
+
+
+def bare(axes) -> None:
+    for axis in np.ravel(axes):
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+
+
+def where_the_bytes_lie() -> None:
+    """The released model in gigabytes, beside what machines have."""
+    image, text, vae = (shells(16)[name] for name in ("transformer", "text_encoder", "vae"))
+    head = text.size("model.embed_tokens.weight")  # the output head, as large, which is in the files and never used
+    parts = [
+        ("modulation", bytes_of(image, lambda n: MODULATION in n), RED),
+        ("attention", bytes_of(image, lambda n: ".attn." in n), BLUE),
+        ("MLPs", bytes_of(image, lambda n: "_mlp." in n), "#6f9fd0"),
+        ("", bytes_of(image, lambda n: "transformer_blocks" not in n), GREY),
+        ("language model", bytes_of(text, lambda n: "model.layers" in n or n == "model.norm.weight"), GREEN),
+        ("its words", bytes_of(text, lambda n: "embed_tokens" in n) + head, "#8fc49a"),
+        ("eyes", bytes_of(text, lambda n: n.startswith("visual")), "#2f6b3a"),
+        ("", bytes_of(vae, lambda n: True), ORANGE),
+    ]
+    figure, axis = plt.subplots(figsize=(9.4, 3.5))
+    left = 0.0
+    for name, size, colour in parts:
+        axis.barh(0, size / 1e9, left=left, color=colour, height=0.7, edgecolor="white", lw=0.8)
+        if size > 5e9:
+            axis.text(left + size / 2e9, 0, f"{name}\n{size / 1e9:.1f}", ha="center", va="center", color="white",
+                      fontsize=9)  # fmt: skip
+        elif name:
+            axis.annotate(f"{name}\n{size / 1e9:.1f}", (left + size / 2e9, 0.35), (53 if "words" in name else 58, 0.75),
+                          ha="center", va="top", fontsize=8, arrowprops={"arrowstyle": "-", "color": GREY})  # fmt: skip
+        left += size / 1e9
+    whole = {"transformer": sum(p[1] for p in parts[:4]), "text encoder": sum(p[1] for p in parts[4:7])}
+    start = 0.0
+    for name, size in whole.items():
+        axis.plot([start + 0.1, start + size / 1e9 - 0.1], [-0.5, -0.5], color="black", lw=1)
+        label = f"{name}, {size / 1e9:.1f} GB"
+        axis.text(start + size / 2e9, -0.58, label, ha="center", va="bottom", fontsize=9)
+        start += size / 1e9
+    axis.text(left + 0.3, 0, "autoencoder\n0.25", va="center", fontsize=8)
+    rows = [("a laptop", 16e9, LIGHT["grey"]), ("a small graphics card", 8e9, LIGHT["grey"]),
+            ("4 bits, by turns", ways(4)["turns"].peak, ORANGE),
+            ("2 bytes a weight, streamed", ways(16)["stream"].peak, ORANGE)]  # fmt: skip
+    for y, (name, size, colour) in enumerate(rows, 1):
+        axis.barh(0.55 + y * 0.8, size / 1e9, color=colour, height=0.55, edgecolor=GREY, lw=0.6)
+        axis.text(size / 1e9 + 0.5, 0.55 + y * 0.8, f"{name}: {size / 1e9:.3g} GB", va="center", fontsize=9)
+    axis.text(41.5, 0.55 + 1.5 * 0.8, "what machines have", va="center", fontsize=9, style="italic", color=GREY)
+    axis.text(41.5, 0.55 + 3.5 * 0.8, "what this chapter needs", va="center", fontsize=9, style="italic", color=ORANGE)
+    axis.set(xlim=(0, 64), ylim=(4.2, -0.95), xlabel="GB", yticks=[],
+             title=f"the released model, {left:.1f} GB, to scale")  # fmt: skip
+    axis.spines["left"].set_visible(False)
+    plt.show()
+
+
+def weights_and_work(weights: dict[str, int], products: dict[str, float]) -> None:
+    """The blocks' weights and their multiplications, by kind, as shares."""
+    figure, axis = plt.subplots(figsize=(9.2, 2.1))
+    colours = {"mod": RED, "attention": BLUE, "mlp": "#6f9fd0"}
+    names = {"mod": "modulation", "mlp": "MLP"}
+    for y, (counts, of) in enumerate(((weights, "{:.1f} billion weights"), (products, "{:,.0f} billion"))):
+        left, total = 0.0, sum(counts.values())
+        for kind, colour in colours.items():
+            share = 100 * counts[kind] / total
+            axis.barh(y, share, left=left, color=colour, height=0.62)
+            if share > 5:
+                told = f"{names.get(kind, kind)}: {share:.0f} %\n" + of.format(counts[kind] / 1e9)
+                axis.text(left + share / 2, y, told, ha="center", va="center", color="white", fontsize=9)
+            else:
+                told = f"modulation: {share:.3f} %, " + of.format(counts[kind] / 1e9)
+                axis.annotate(told, (0.1, y + 0.31), (2, y + 0.62), fontsize=9, color=RED, va="center",
+                              arrowprops={"arrowstyle": "-", "color": RED})  # fmt: skip
+            left += share
+    axis.set(yticks=(0, 1), xlim=(0, 100), ylim=(1.85, -0.45), xlabel="per cent of the 60 blocks")
+    axis.set_yticklabels(["weights", "multiplications\nof a pass"], fontsize=9)
+    plt.show()
+
+
+def matrix(axis, numbers: Tensor, x: float, y: float, colour: str, name: str = "") -> float:
+    """A matrix as a table of numbers, its upper left corner at (x, y); returns where its right side is."""
+    rows, columns = numbers.shape
+    for i, row in enumerate(numbers.tolist()):
+        for j, number in enumerate(row):
+            axis.add_patch(plt.Rectangle((x + j, y - i - 1), 1, 1, facecolor=colour, edgecolor="white", lw=2))
+            axis.text(x + j + 0.5, y - i - 0.5, f"{number:g}", ha="center", va="center", fontsize=11)
+    axis.text(x + columns / 2, y + 0.25, name, ha="center", fontsize=10)
+    return x + columns
+
+
+def layer_and_table(W: Tensor, vectors: dict[float, Tensor], table: dict[float, Tensor]) -> None:
+    """Left a layer and the only inputs that it will ever see; right its answers, which are fewer numbers."""
+    figure, axis = plt.subplots(figsize=(9.2, 2.6))
+    x = matrix(axis, W, 0, 3, LIGHT["red"], "the layer, W")
+    axis.text(x + 0.4, 2, "·", ha="center", va="center", fontsize=18)
+    for level, vector in vectors.items():
+        x = matrix(axis, vector[:, None], x + 0.8, 3.5, LIGHT["grey"], f"σ = {level:g}")
+    axis.annotate("", (x + 2.6, 2), (x + 0.4, 2), arrowprops={"arrowstyle": "->", "lw": 1.5})
+    axis.text(x + 1.5, 2.2, "once", ha="center", fontsize=10)
+    x = x + 4.3
+    for k, (level, answer) in enumerate(table.items()):
+        axis.text(x - 0.2, 2.5 - k, f"σ = {level:g}", ha="right", va="center", fontsize=10)
+        right = matrix(axis, answer[None], x, 3 - k, LIGHT["orange"], "the table" if k == 0 else "")
+    told = f"{W.numel()} numbers become {sum(map(len, table.values()))}"
+    axis.text(right + 0.4, 2, told, va="center", fontsize=10, color=RED)
+    axis.set(xlim=(-0.2, right + 4), ylim=(0.3, 4.2), aspect="equal")
+    axis.axis("off")
+    plt.show()
+
+
+def rounding(weights: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, bits: int = 4) -> None:
+    """Weights, the levels that they may have, and how far each is moved."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.4, 3.1), width_ratios=(2.1, 1), sharey=True)
+    levels = offset.item() + scale.item() * np.arange(2**bits)
+    back = (offset + scale * codes).tolist()
+    for level in levels:
+        axes[0].axhline(level, color=GREY, lw=0.5)
+    for k, (w, to) in enumerate(zip(weights.tolist(), back, strict=True)):
+        axes[0].plot([k, k], [w, to], color=RED, lw=1.4)
+    axes[0].plot(weights, "o", color=BLUE, ms=3.5, label="weight")
+    axes[0].plot([], [], color=RED, label="how far it is moved")
+    axes[0].set(xlabel="number of the weight", ylabel="weight", title=f"{len(weights)} weights, {2**bits} levels",
+                ylim=(levels[0] - 0.2 * abs(levels[0]), levels[-1] * 1.45))  # fmt: skip
+    axes[0].legend(loc="upper left", ncols=2)
+    counts = np.bincount(codes.int(), minlength=2**bits)
+    axes[1].barh(levels, counts, height=0.7 * scale.item(), color=BLUE)
+    for code, (level, count) in enumerate(zip(levels, counts, strict=True)):
+        axes[1].text(count + 0.2, level, f"code {code}", va="center", fontsize=6.5)
+    axes[1].set(xlabel="weights at this level", title="the middle is crowded", xlim=(0, counts.max() + 4))
+    plt.show()
+
+
+def line_through(weights: Tensor, covering: Callable, fit: Callable, bits: int = 3) -> None:
+    """The codes of weights, and the line that says which number a code stands for; and both ways on many groups."""
+    figure, axes = plt.subplots(1, 3, figsize=(9.4, 3.1))
+    codes, ways = np.arange(2**bits), {"range covered": (covering, GREY), "fitted": (fit, ORANGE)}
+    many = 0.02 * torch.randn(4096, len(weights), generator=torch.Generator().manual_seed(0))
+
+    def error(way: Callable, weights: Tensor, bits: int) -> tuple[float, Tensor]:
+        scale, offset = way(weights, bits)
+        q = ((weights - offset) / scale).round().clamp(0, 2**bits - 1)
+        return relative(offset + scale * q, weights), q
+
+    for k, (axis, name) in enumerate(zip(axes, ways, strict=False)):
+        way, colour = ways[name]
+        scale, offset = way(weights, bits)
+        off, q = error(way, weights, bits)
+        axis.plot(codes, offset.item() + scale.item() * codes, color=colour, lw=2)
+        axis.plot(q, weights, "o", color=BLUE, ms=4, alpha=0.7)
+        axis.set(xlabel="code", title=f"{name}: off by {off:.1%}", ylim=(1.2 * weights.min(), 1.2 * weights.max()))
+        values = [100 * error(way, many, few)[0] for few in (4, 3, 2)]
+        bars = axes[2].bar(np.arange(3) + 0.4 * k - 0.2, values, 0.38, color=colour, label=name)
+        axes[2].bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
+    axes[0].set_ylabel("weight (dot), value of the code (line)")
+    axes[2].set(xticks=range(3), xticklabels=("4 bits", "3 bits", "2 bits"), ylabel="relative error, per cent",
+                title=f"{len(many):,} groups")  # fmt: skip
+    axes[2].legend(loc="upper left")
+    plt.show()
+
+
+def errors_by_group(errors: dict[str, tuple[float, float]]) -> None:
+    """The relative error of 4 bits, by how many weights share a scale, without and with large weights."""
+    figure, axis = plt.subplots(figsize=(9.2, 2.8))
+    for k, (label, colour) in enumerate((("as drawn", BLUE), ("one in 500 is large", RED))):
+        values = [100 * error[k] for error in errors.values()]
+        bars = axis.bar(np.arange(len(values)) + 0.4 * k - 0.2, values, 0.38, color=colour, label=label)
+        axis.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
+    axis.set(xticks=range(len(errors)), ylabel="error of the ordinary\nweights, per cent", ylim=(0, 160),
+             xlabel="one scale and one offset for", title="4 bits: who shares a scale with a large weight")  # fmt: skip
+    axis.set_xticklabels(list(errors), fontsize=9)
+    axis.legend(loc="upper right")
+    plt.show()
+
+
+def edits_at(models: dict[int, nn.Module], counts: dict[int, int]) -> None:
+    """The same edit by models of fewer and fewer bits, and what each model's velocity is off by."""
+    figure, axes = plt.subplots(1, 2 + len(models), figsize=(9.4, 2.5))
+    pictures = [given(), edit(pipeline().transformer), *(edit(model) for model in models.values())]
+    titles = ["given", "as it is"]
+    for bits, model in models.items():
+        told = f"\n{counts[bits]} of {COUNT} right" if bits in counts else "\n"
+        titles.append(f"{bits} bits\nvelocity off by {velocity_error(model):.1%}{told}")
+    for axis, picture, title in zip(axes, pictures, titles, strict=True):
+        axis.imshow(picture)
+        axis.set_title(title, fontsize=8.5)
+    bare(axes)
+    plt.show()
+
+
+def memory_over_time() -> None:
+    """Bytes of weights that are there from the first word to the finished picture, in three ways."""
+    phases = ["read the words,\nencode the picture", "make\nthe table", "the steps", "decode"]
+    edges = np.array([0, 1.3, 2.1, 4.6, 5.4])
+    figure, axis = plt.subplots(figsize=(9.4, 3.3))
+    for bits, colour, y in ((16, BLUE, 1.2), (4, ORANGE, 1.2)):
+        of = shells(bits)
+        others = sum(of["text_encoder"].size(n) for n in of["text_encoder"].stored)
+        vae = sum(of["vae"].size(n) for n in of["vae"].stored)
+        steps = without_table(bits)
+        values = np.array([others + vae, steps, steps, vae]) / 1e9
+        axis.stairs(values, edges, color=colour, lw=2.2, label=f"by turns, {BITS[bits]}")
+        for k in (0, 2):
+            middle = (edges[k] + edges[k + 1]) / 2
+            axis.text(middle, values[k] + y, f"{values[k]:.1f} GB", ha="center", fontsize=9, color=colour)
+    resident = sum(sum(map(shell.size, shell.stored)) for shell in shells(16).values()) / 1e9
+    axis.stairs([resident], [0, edges[-1]], color=GREY, lw=2.2, label="all at once, as released")
+    axis.text(3.35, resident - 3.6, f"{resident:.1f} GB", ha="center", fontsize=9, color=GREY)
+    axis.axhline(16, color=RED, ls="--", lw=1)
+    axis.text(5.38, 17, "a laptop's 16 GB", ha="right", fontsize=9, color=RED)
+    for k in range(1, 4):
+        axis.axvline(edges[k], color=GREY, lw=0.5, ls=":")
+    axis.set(xticks=(edges[1:] + edges[:-1]) / 2, ylabel="GB of weights", ylim=(0, 68), xlim=(0, edges[-1]),
+             title="weights in memory during an edit (widths are not to scale)")  # fmt: skip
+    axis.set_xticklabels(phases, fontsize=9)
+    axis.legend(loc="upper center", ncols=3)
+    plt.show()
+
+
+def lanes(walk: Callable) -> None:
+    """When the bus works and when the processor does, as it is measured: blocks that come fast, and slowly."""
+    runs = {"slow arithmetic": watched(walk, 0.05, 0.1), "slow bus": watched(walk, 0.1, 0.05)}
+    figure, axes = plt.subplots(len(runs), 1, figsize=(9.4, 3.4), sharex=True)
+    for axis, (name, noted) in zip(axes, runs.items(), strict=True):
+        for lane, number, start, end in noted:
+            y, colour = (1, ORANGE) if lane == "fetch" else (0, BLUE)
+            axis.barh(y, end - start, left=start, height=0.72, color=colour, edgecolor="white", lw=1.5)
+            axis.text((start + end) / 2, y, str(number), ha="center", va="center", color="white", fontsize=9)
+        last = max(end for *_, end in noted)
+        axis.axvline(last, color=RED, lw=1)
+        axis.text(last + 0.01, 0.5, f"{last:.2f} s", color=RED, va="center", fontsize=9)
+        axis.set(yticks=(0, 1), ylim=(-0.5, 1.5), title=name)
+        axis.set_yticklabels(["compute block", "fetch block"], fontsize=9)
+    axis.set(xlabel="seconds", xlim=(0, 1.1 * max(end for noted in runs.values() for *_, end in noted)))
+    plt.show()
+
+
+def bus_and_arithmetic() -> None:
+    """Seconds a step for the arithmetic and for the blocks' way over the bus, by the side of the picture."""
+    figure, axes = plt.subplots(1, len(MACHINES), figsize=(9.4, 2.9))
+    for axis, machine in zip(axes, MACHINES, strict=True):
+        found = [ways(16, int(side) ** 2)["stream"] for side in SIDES]
+        arithmetic = np.array([plan.operations / machine.rate for plan in found])
+        bus = np.array([plan.fetched / machine.link for plan in found])
+        axis.plot(SIDES, arithmetic, color=BLUE, lw=2, label="arithmetic")
+        axis.plot(SIDES, bus, color=ORANGE, lw=2, label="blocks over the bus")
+        axis.fill_between(SIDES, arithmetic, bus, where=bus > arithmetic, color=ORANGE, alpha=0.25)
+        axis.axvline(1024, color=GREY, lw=0.8, ls=":")
+        axis.set(title=machine.name, xlabel="side of the picture, pixels", ylim=(0, None), xticks=(512, 1024, 1536))
+    axes[0].set_ylabel("seconds a step")
+    axes[0].legend(loc="upper left")
+    plt.show()
+
+
+def what_fits() -> None:
+    """The peak of every way at 16, 8 and 4 bits, and the memory of some machines."""
+    figure, axis = plt.subplots(figsize=(9.4, 3.6))
+    colours, y, ticks = {16: BLUE, 8: GREEN, 4: ORANGE}, 0, {}
+    for bits, name in BITS.items():
+        for way, plan in ways(bits).items():
+            axis.barh(y, plan.peak / 1e9, color=colours[bits], height=0.7)
+            axis.text(plan.peak / 1e9 + 0.5, y, f"{plan.peak / 1e9:.1f}", va="center", fontsize=8,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
+            ticks[y] = f"{name}: {way}"
+            y += 1
+        y += 0.5
+    for size in (8, 16, 24, 80):
+        axis.axvline(SPARE * size, color=RED, lw=1, ls="--", zorder=0)
+        axis.text(SPARE * size, -1.05, f"{size} GB", ha="center", fontsize=9, color=RED)
+    axis.set(
+        yticks=list(ticks), ylim=(y - 0.4, -0.7), xlim=(0, 80), xlabel="GB at the peak, an edit of 1024×1024 pixels"
+    )
+    axis.set_yticklabels(list(ticks.values()), fontsize=9)
+    plt.show()
+
+
+def old_table(models: dict[str, nn.Module]) -> None:
+    """Edits from the same noise, and how far each is from the first."""
+    figure, axes = plt.subplots(1, len(models), figsize=(9.4, 2.9))
+    pictures = [edit(model) for model in models.values()]
+    for axis, name, picture in zip(axes, models, pictures, strict=True):
+        axis.imshow(picture)
+        told = f"{apart(picture, pictures[0])} levels from the first" if picture is not pictures[0] else ""
+        axis.set_title(f"{name}\n{told}", fontsize=9.5)
+    bare(axes)
+    plt.show()
