@@ -238,7 +238,7 @@ def the_map(sizes: dict[str, str] | None = None) -> None:
         if label:
             axis.text(*at, label, ha="center", va="bottom", fontsize=9.5, color=colour)
 
-    inside = "once: noise level (01)\nand positions (02);\n60 blocks (04), in each:\nattention (03)"
+    inside = "for all blocks:\nnoise level (01)\nand positions (02);\n60 blocks (04), in each:\nattention (03)"
     box(0, 4.15, 1.8, 1.0, "words", "", "plain")
     box(0, 2.55, 1.8, 1.0, "given picture", "", "plain")
     box(0, 0.4, 1.8, 1.0, "noise", "", "plain")

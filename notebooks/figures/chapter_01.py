@@ -223,7 +223,7 @@ def near_and_far(waves_of: Embed, start: float = 0.5, drawn: float = 0.2) -> tup
     gap = torch.linspace(0, 1 - start, 10001)
     near = gap <= drawn
     base, moved = waves_of(torch.tensor([start])), waves_of(start + gap)
-    kinds = {"the fastest clock": ([0, 128], RED), "a slow clock": ([96, 224], GREY), "all 128": (range(256), BLUE)}
+    kinds = {"clock 0, the fastest": ([0, 128], RED), "clock 96": ([96, 224], GREY), "all 128": (range(256), BLUE)}
     distances = {}
     figure, axis = plt.subplots(figsize=(8.4, 3))
     for name, (columns, colour) in kinds.items():
@@ -241,7 +241,7 @@ def way_of_sigma(C: int) -> None:
     """From the noise level to temb, with shapes."""
     boxes = [
         ("σ", "(B,)", "#ffffff"), ("angles", "1000 · σ · speed\n(B, 128)", "#fff3d6"),
-        ("cosines, sines", "(B, 256)", "#fff3d6"), ("linear_1", "(B, C)", "#f9dede"), ("SiLU", "(B, C)", "#f9dede"),
+        ("cosines, sines", "(B, 256)", "#fff3d6"), ("linear_1", "(B, C)", "#f9dede"), ("SiLU", "(B, C)", "#fff3d6"),
         ("linear_2", "(B, C)", "#f9dede"), ("temb", f"(B, C)\nhere C = {C}", "#ffffff"),
     ]  # fmt: skip
     figure, axis = plt.subplots(figsize=(9.4, 1.9))
@@ -251,7 +251,8 @@ def way_of_sigma(C: int) -> None:
         axis.text(x, -0.14, detail, ha="center", va="center", fontsize=8)
         if x:
             axis.annotate("", xy=(x - 0.43, 0), xytext=(x - 0.57, 0), arrowprops={"arrowstyle": "->", "color": GREY})
-    for left, right, name in ((0.57, 2.43, "fixed: nothing is learned"), (2.57, 5.43, "learned")):
+    fixed = [(0.57, 2.43, "fixed: nothing is learned"), (3.57, 4.43, "fixed")]
+    for left, right, name in [*fixed, (2.57, 3.43, "learned"), (4.57, 5.43, "learned")]:
         axis.plot([left, right], [0.62, 0.62], color=GREY, lw=1)
         axis.text((left + right) / 2, 0.72, name, ha="center", fontsize=9, color=GREY)
     axis.set(xlim=(-0.5, 6.5), ylim=(-0.55, 0.95))
@@ -276,7 +277,7 @@ def temb_over_sigma(temb_of: Embed, count: int = 4) -> None:
         chosen.append(unlike.argmin().item())
     _, axis = plt.subplots(figsize=(8.4, 2.9))
     axis.plot(sigma, (moved / moved.abs().amax(0))[:, chosen], lw=1.8)
-    title = f"{count} of the {len(size)} numbers of temb, each scaled to a size of 1"
+    title = f"{count} of the {len(size)} numbers of temb after the SiLU, each scaled to at most 1"
     axis.set(xlabel="noise level σ", ylabel="value, less its mean", title=title)
     plt.show()
 

@@ -147,7 +147,7 @@ def move_to_the_right(place: Place, title: str, larger: bool = False) -> None:
         new, old = tokens[0].view(2, h, w, 3).numpy()
         result, off = moved(mover, place, large)
         named = ["the new picture,\nnoise", "the given picture", "wanted:\none to the right", f"{title}\n"]
-        titles = [*(["", "", ""] if large else named[:3]), f"{'' if large else named[3]}off by {off:.2f}"]
+        titles = [*(["", "", ""] if large else named[:3]), f"{'' if large else named[3]}off by {off:.2f} of 1"]
         for axis, colours, name in zip(row, (new, old, old[:, :-1], result), titles, strict=True):
             squares(axis, colours, name, w)
         row[0].set_ylabel(f"{h} rows of {w}")
@@ -161,7 +161,7 @@ def movers(cases: dict[str, tuple[Place, Place]]) -> None:
     squares(axes[0], tokens[0].view(2, h, w, 3).numpy()[1, :, :-1], "wanted", w)
     for axis, (name, (at_training, now)) in zip(axes[1:], cases.items(), strict=True):
         result, off = moved(trained(at_training), now, large=True)
-        squares(axis, result, f"{name}\noff by {off:.2f}", w)
+        squares(axis, result, f"{name}\noff by {off:.2f} of 1", w)
     plt.show()
 
 
@@ -253,7 +253,11 @@ def score_by_distance(w: Tensor, far: int = 64) -> None:
 
 def arrows_of_a_picture(cells: Callable, angles_of: Callable, side: int = 5) -> None:
     """For one pair of each axis: its arrow in every square of two pictures."""
-    pairs = {"a frame pair": (0, RED), "a row pair": (8 + 3, BLUE), "a column pair": (8 + 28 + 3, GREEN)}
+    pairs = {
+        "frame: pair 0 of 8": (0, RED),
+        "row: pair 3 of 28": (8 + 3, BLUE),
+        "column: pair 3 of 28": (8 + 28 + 3, GREEN),
+    }
     figure, axes = plt.subplots(2, 3, figsize=(8.4, 5.6))
     for frame, row in enumerate(axes):
         angles = angles_of(cells([frame], range(side), range(side)))  # (N, D/2)
@@ -305,7 +309,7 @@ def pictures_and_text(images: Tensor, text: Tensor, names: tuple[str, ...]) -> N
     for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
         own = images[images[:, 0] == i]
         rows, columns = sorted(set(own[:, 1].tolist())), sorted(set(own[:, 2].tolist()))
-        grid(flat, rows, columns, colour, name, sizes[i], facecolor="none", lw=1.5)
+        grid(flat, rows, columns, colour, f"{name}, frame {i}", sizes[i], facecolor="none", lw=1.5)
         corners = [[(x + a, i, -y + b) for a, b in ((-0.44, -0.44), (0.44, -0.44), (0.44, 0.44), (-0.44, 0.44))]
                    for _, y, x in own.tolist()]  # fmt: skip
         deep.add_collection3d(Poly3DCollection(corners, facecolor=colour, edgecolor="white", lw=0.5, alpha=0.9))
@@ -314,7 +318,7 @@ def pictures_and_text(images: Tensor, text: Tensor, names: tuple[str, ...]) -> N
     low, high = images[:, 1:].min().item() - 1, text.max().item() + 1
     flat.set(xlabel="column", ylabel="row", xlim=(low, high), ylim=(high, low), aspect="equal", title="from the front")
     flat.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
-    frames = range(0, int(high) + 1, 2)
+    frames = range(int(high) + 1)
     deep.set(xlabel="column", ylabel="frame", xlim=(low, high), ylim=(0, high), zlim=(-high, -low), yticks=frames)
     ticks = [t for t in range(int(low), int(high) + 1) if t % 4 == 0]
     deep.set(xticks=ticks, zticks=[-t for t in ticks], zticklabels=ticks, title="with the frame axis")
@@ -334,6 +338,7 @@ def nearness(sequence_positions: Callable, angles_of: Callable, side: int = 15) 
     first = -column - 0.5
     figure, axes = plt.subplots(1, 3, figsize=(9.8, 3.1), width_ratios=[1, 1, 1.25])
     for axis, map_, name in zip(axes, maps, ("the new picture", "the given picture"), strict=False):
+        name += f", {side}×{side}"
         extent = (first, first + side, first + side, first)
         drawn = axis.imshow(map_, extent=extent, cmap="viridis", vmin=near.min(), vmax=1)
         axis.set(title=name, xlabel="column", ylabel="row", xticks=(-5, 0, 5), yticks=(-5, 0, 5))
@@ -341,7 +346,7 @@ def nearness(sequence_positions: Callable, angles_of: Callable, side: int = 15) 
     at = torch.arange(side) - column
     for map_, name, colour in zip(maps, ("the new picture", "the given picture"), (BLUE, ORANGE), strict=True):
         axes[2].plot(at, map_[row], "o-", ms=3, color=colour, label=f"row 0 of {name}")
-    axes[2].plot(side // 2 + torch.arange(side), words, "o-", ms=3, color=GREEN, label="words")
+    axes[2].plot(side // 2 + torch.arange(side), words, "o-", ms=3, color=GREEN, label=f"{side} words")
     axes[2].set(xlabel="column, or position of a word", ylabel="score", title="the same numbers as curves")
     axes[2].legend(loc="upper right", fontsize=7.5)
     axes[2].set_ylim(None, 1.12)

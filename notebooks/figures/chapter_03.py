@@ -146,7 +146,7 @@ def listening() -> None:
         heard = weights.mean(0)[head][new, words.index(word)]
         axes[0, column].imshow(result)
         axes[0, column].set(title=f"“{wish}”")
-        lit(axes[1, column], result, heard)
+        lit(axes[1, column], result, heard, f"full red is {heard.max():.0%}")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
@@ -165,7 +165,7 @@ def without_a_wire() -> None:
 
 
 def one_query(query: Tensor, names: tuple[str, ...], keys: Tensor, values: Tensor, features: tuple[str, ...]) -> None:
-    """A query, keys with their scores and weights, and colours as values, mixed by the weights."""
+    """A query, keys with their scores and shares, and colours as values, mixed by the shares."""
     scores = keys @ query / len(query) ** 0.5
     weights = scores.softmax(-1)
     mixed = weights @ values
@@ -182,7 +182,7 @@ def one_query(query: Tensor, names: tuple[str, ...], keys: Tensor, values: Tenso
     cells(rows + 0.2, query, ORANGE)
     for x, name in enumerate(features):
         axis.text(2.58 + 0.8 * x, rows + 0.75, name, ha="center", fontsize=9, color=GREY)
-    heads = {2.2: "keys", 5.75: "score", 6.75: "weight", 9.55: "value"}
+    heads = {2.2: "keys", 5.55: "q · k / 2", 6.75: "share", 9.55: "value"}
     for x, name in heads.items():
         axis.text(x, rows - 0.42, name, fontsize=9, color=GREY)
     for row, name in enumerate(names):
@@ -202,7 +202,7 @@ def one_query(query: Tensor, names: tuple[str, ...], keys: Tensor, values: Tenso
 
 
 def scores_by_width(widths: tuple[int, ...] = (4, 32, 128)) -> None:
-    """Random queries and keys of several widths: their scores and the winner's weight, with and without √D."""
+    """Random queries and keys of several widths: their products and the winner's share, with and without √D."""
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 2.9))
     generator = torch.Generator().manual_seed(0)
     for colour, width in zip((GREEN, BLUE, ORANGE), widths, strict=True):
@@ -212,16 +212,18 @@ def scores_by_width(widths: tuple[int, ...] = (4, 32, 128)) -> None:
         crowd = torch.randn(300, 50, width, generator=generator)
         raw = (crowd @ torch.randn(300, width, 1, generator=generator)).squeeze(-1)
         winners = [scores.softmax(-1).amax(-1).mean().item() for scores in (raw, raw / width**0.5)]
-        axes[1].bar([widths.index(width) - 0.2, widths.index(width) + 0.2], winners, 0.36, color=[RED, colour])
+        places = [widths.index(width) - 0.2, widths.index(width) + 0.2]
+        bars = axes[1].bar(places, winners, 0.36, color=[RED, GREY])
     axes[0].set(xlabel="q · k", ylabel="pairs", title="dot products of random queries and keys")
     axes[0].legend()
     axes[1].set(xticks=range(len(widths)), xticklabels=[f"D = {width}" for width in widths], ylim=(0, 1),
-                ylabel="weight of the winner", title="of 50 keys: red without √D, else with it")  # fmt: skip
+                ylabel="share of the winner", title="how much the winner of 50 keys takes")  # fmt: skip
+    axes[1].legend(bars, ["without √D", "with √D"])
     plt.show()
 
 
 def with_and_without_norms() -> None:
-    """The scores of all attentions of an edit, and the weight of each query's winner."""
+    """The scores of all attentions of an edit, and the share of each query's winner."""
     found = {"normed": [], "not normed": []}
     for attn, img, txt, _, tables in inputs_of(edit):
         for name, scores in found.items():
@@ -229,13 +231,16 @@ def with_and_without_norms() -> None:
             with nullcontext() if name == "normed" else plain:
                 scores.append(scores_in(attn, img, txt, tables))
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 2.9))
+    end = max(scores.abs().max().item() for scores in found["not normed"])
     for (name, scores), colour in zip(found.items(), (BLUE, RED), strict=True):
         scores = torch.cat(scores)
-        axes[0].hist(scores.flatten(), bins=120, range=(-150, 150), color=colour, alpha=0.7, label=name)
+        queries = scores[..., 0].numel()
+        axes[0].hist(scores.flatten(), bins=120, range=(-end, end), color=colour, alpha=0.7, label=name)
         axes[1].hist(scores.softmax(-1).amax(-1).flatten(), bins=40, range=(0, 1), color=colour, alpha=0.7, label=name)
     axes[0].set(xlabel="score", ylabel="pairs", yscale="log", title="all scores of one edit")
-    axes[1].set(xlabel="weight of the winner", ylabel="queries", title="how much the winner takes")
+    axes[1].set(xlabel="share of the winner", ylabel="queries", title=f"what the winner takes, for {queries:,} queries")
     axes[0].legend()
+    axes[1].legend()
     plt.show()
 
 
@@ -263,8 +268,8 @@ def four_heads(block: int = 3) -> None:
     y, x = divmod(square, SIDE)
     side = result.width / SIDE
     axes[0].add_patch(plt.Rectangle((x * side, y * side), side, side, fill=False, edgecolor=RED, lw=2.5))
-    axes[0].set(xticks=[], yticks=[], title="this square asks")
     seen = heads[:, new.start + square, old]  # (H, tokens)
+    axes[0].set(xticks=[], yticks=[], title="this square asks", xlabel=f"full red is {seen.max():.0%}")
     for head, axis in enumerate(axes[1:]):
         lit(axis, given(), seen[head], f"head {head}: {seen[head].sum():.0%}", top=seen.max().item())
     for axis in axes:
