@@ -267,6 +267,14 @@ def one_wish() -> None:
     rows_of(rows, "“a ring”: each column begins with another noise")
 
 
+def eight_pictures() -> None:
+    """The four shapes in both sizes, each in the middle."""
+    figure, axes = plt.subplots(1, 8, figsize=(9.4, 1.5))
+    for k, axis in enumerate(axes):
+        paint(axis, pictures()[k % 4, k // 4, 4], f"{SIZES[k // 4]} {SHAPES[k % 4]}")
+    plt.show()
+
+
 def open_and_closed() -> None:
     """Two captions: some pictures for which they are right, what one step makes, what eight make."""
     captions = {"“a large ring,\ntop left”": ("ring", "large", "top left"), "“a ring”": ("ring", None, None)}
@@ -305,7 +313,7 @@ def on_a_line(paths: dict[int, list[tuple[float, float]]]) -> None:
     axis.set(xlim=(1.05, -0.28), ylim=(-1.25, 1.35), xlabel="noise level σ", ylabel="x")
     axis.set_xticks([1, 0.75, 0.5, 0.25, 0])
     axis.set_title("one noise, 0.7, walked in several numbers of steps")
-    axis.legend(loc="lower left", fontsize=9)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 0.12), fontsize=9)
     plt.show()
 
 
@@ -359,7 +367,9 @@ def shift_tested(network: Callable, steps: int = 4, count: int = 200) -> dict[st
     axes[0].set(xscale="log", xticks=counts, xticklabels=counts, xlabel="steps", ylim=(0, 100))
     axes[0].set(ylabel="% that end at the picture\nof a walk of 100 steps", title="with and without the shift")
     axes[0].minorticks_off()
-    axes[1].set(xlabel="shift a", title=f"{steps} steps: larger pictures want a larger shift")
+    axes[1].set(
+        xticks=(1, 2, 3, 4, 6, 8, 12), xlabel="shift a", title=f"{steps} steps: larger pictures want a larger shift"
+    )
     for axis in axes:
         axis.legend(loc="lower right" if axis is axes[0] else "lower left", fontsize=8.5)
     plt.show()
@@ -378,7 +388,8 @@ def two_arrows(plus: Tensor, minus: Tensor, further: Tensor, kept: Tensor) -> No
         axis.annotate(label, (x, y), textcoords="offset points", color=colour, fontsize=9.5, **where)
     dotted = {"color": GREY, "ls": ":", "lw": 1.5}
     axis.plot(*torch.stack([minus, further]).T.tolist(), **dotted)
-    turn = torch.linspace(0.1, 1.2, 50)
+    turn = torch.linspace(0.2, 1.2, 50)
+    axis.text(5.0, 1.9, "length 5", color="#666666", fontsize=9)
     axis.plot(plus.norm() * turn.cos(), plus.norm() * turn.sin(), color=GREY, lw=0.7)
     axis.set(xlim=(-2.2, 7), ylim=(-0.6, 9), aspect="equal", xlabel="first number", ylabel="second number")
     axis.set_title("guidance goes further in the difference")
@@ -419,7 +430,7 @@ def without_guidance(results: dict[str, Tensor], said: Tensor) -> None:
     for name, x in results.items():
         found = shares(x, said)
         rows[f"{name}\n{found['right']:.0%} right, {found['clear']:.0%} clear"] = x[:10]
-    rows_of(rows, "“a ring”, 8 steps, s = 4", columns=10)
+    rows_of(rows, "“a ring”, 8 steps, each column the same noise", columns=10)
 
 
 def table_of_edits(counts: tuple[int, ...] = (1, 4, 20), scales: tuple[float, ...] = (1, 4)) -> dict:
