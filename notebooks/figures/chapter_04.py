@@ -320,10 +320,10 @@ def learning(curves: dict[str, list[float]], pictures: Callable, window: int = 1
         means = torch.tensor(losses)[: len(losses) // window * window].view(-1, window).mean(-1)
         steps = window * (torch.arange(len(means)) + 0.5)
         axis.plot(steps, means, style, marker="o", ms=3, color=colour, label=name)
-    for level, name in ((1.0, "answers 0 to everything"), (best, "best possible")):
+    for level, name in ((1.0, "answers 0 to everything"), (best, "best that a network told σ can do")):
         axis.axhline(level, color=GREY, ls=":", lw=1)
         axis.text(axis.get_xlim()[1], level + 0.015, name, color=GREY, fontsize=8, ha="right", va="bottom")
-    axis.set(xlabel="training steps", ylabel="squared error", ylim=(0.4, 1.25))
+    axis.set(xlabel="training steps", ylabel=f"squared error,\nmean of {window} steps", ylim=(0.4, 1.25))
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     plt.show()
 
@@ -336,7 +336,7 @@ def streams_grow() -> None:
         axes[0].plot([size_of(x).mean() for x in at], "o-", color=colour, label=name)
         normed = [size_of(F.layer_norm(x, x.shape[-1:])).mean() for x in at]
         axes[1].plot(normed, "o-", color=colour, lw=5 - 3 * column, label=name)
-    axes[0].set(title="mean size of a token in the stream", ylabel="root mean square", ylim=(0, None))
+    axes[0].set(title="mean size of a token in the stream, at σ = 0.6", ylabel="root mean square", ylim=(0, None))
     axes[1].set(title="the same tokens behind the norm", ylim=(0, 2))
     for axis in axes:
         axis.set(xlabel="blocks passed", xticks=range(len(streams())))
@@ -361,9 +361,10 @@ def learned_guesses(nets: dict[str, nn.Module], pictures: Callable, levels: tupl
             middle = (edges[1:] + edges[:-1]) / 2
             axis.plot(middle[kept], [inside[k].mean() for k in kept], color=colour, lw=2, label=f"σ = {sigma}")
             axis.plot(middle, best_guess(middle, sigma), ":", color=colour, lw=1.5)
+        axis.plot([], [], ":", color=GREY, label="best guess")
         axis.set(xlabel="what is seen of the pixel", title=f"{name} the noise level")
         axis.legend(loc="upper left")
-    axes[0].set(ylabel="mean answer", ylim=(-1.15, 1.15))
+    axes[0].set(ylabel="answer for the pixel, in the mean", ylim=(-1.2, 1.2))
     plt.show()
 
 
@@ -379,7 +380,9 @@ def knobs(number: int = BLOCK, loud: int = 4) -> None:
     for channel, colour in zip(order[:loud], (RED, BLUE, GREEN, ORANGE), strict=True):
         axis.plot(sigmas, scale[:, channel], color=colour, lw=2.2)
     axis.set(
-        xlabel="noise level σ", ylabel="1 + scale", title=f"block {number}: one line for each of {len(order)} numbers"
+        xlabel="noise level σ",
+        ylabel="1 + scale",
+        title=f"block {number}, picture, scale for attention: a line for each of {len(order)} numbers",
     )
     plt.show()
 
@@ -422,7 +425,7 @@ def whole_block() -> None:
         arrow((-0.75, mod), (0.45, mod), RED)
         box(0, stream, f"{s}\n{n}", colour)
         box(9.2, stream, f"{s}\n{n}", colour)
-        for x, text in ((1, f"{short}_norm1\nscale, shift"), (3.3, "· gate1"), (5, f"{short}_norm2\nscale, shift"),
+        for x, text in ((1, f"{short}_norm1\nshift, scale"), (3.3, "· gate1"), (5, f"{short}_norm2\nshift, scale"),
                         (6.1, f"{short}_mlp"), (7.2, "· gate2")):  # fmt: skip
             box(x, part, text, colour, 0.92 if "norm" in text else 0.78)
         for x in (4.1, 8.0):

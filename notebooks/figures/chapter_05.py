@@ -226,7 +226,7 @@ def one_token(number: int | None = None) -> None:
     axes[0].grid(color=GREY, lw=0.8)
     axes[0].add_patch(plt.Rectangle((column, row), 1, 1, fill=False, edgecolor=RED, lw=2.5, zorder=3))
     axes[1].imshow(given().crop((16 * column, 16 * row, 16 * column + 16, 16 * row + 16)))
-    axes[1].set(title=f"token {number}:\n16 × 16 pixels")
+    axes[1].set(title=f"its token {number}:\n16 × 16 pixels")
     cells, most = token.view(4, 4, 2, 2), token.abs().max().item()
     for channel, patch in enumerate(cells.reshape(16, 2, 2)):
         y, x = divmod(channel, 4)
@@ -309,7 +309,7 @@ def whole_transformer() -> None:
     box(axis, 4.2, 2.3, 2.2, 0.9, "img_in\n(B, Ni, C)", picture)
     box(axis, 1.2, 0.5, 2.2, 0.8, "noise level σ\n(B,)", time)
     box(axis, 4.2, 0.5, 2.2, 0.8, "time_text_embed\ntemb (B, C)", time)
-    box(axis, 1.2, 5.8, 2.2, 0.8, "rows and columns\nof each picture", "white")
+    box(axis, 1.2, 5.8, 2.2, 0.8, "frames, rows, columns\nof each picture", "white", 8)
     box(axis, 4.2, 5.8, 2.2, 0.8, "pos_embed\nangles", "white")
     for x, name in ((6.6, "block 0"), (7.9, "block 1"), (9.1, "..."), (10.3, "block 59")):
         if name == "...":
@@ -334,7 +334,7 @@ def whole_transformer() -> None:
     arrow(axis, (12.55, 2.3), (13.0, 2.3))
     box(axis, 13.65, 2.3, 1.2, 0.9, "proj_out\n(B, Ni, 64)", picture)
     axis.annotate("", xy=(13.65, 3.5), xytext=(13.65, 2.8), arrowprops={"arrowstyle": "->", "color": GREY})
-    axis.text(13.65, 3.95, "velocity of\nthe new\npicture", ha="center", va="center", fontsize=9, weight="bold")
+    axis.text(13.65, 3.95, "cut: velocity\nof the new\npicture", ha="center", va="center", fontsize=9, weight="bold")
     axis.set(xlim=(0, 14.4), ylim=(0, 6.3))
     plt.show()
 
@@ -354,7 +354,7 @@ def velocity_forms() -> list[list[float]]:
     errors = [[(v - true).square().mean().item() for v in row] for row in (own, best)]
     names = ["img_in", *(f"block {k}" for k in range(len(states) - 1))]
     figure, axes = plt.subplots(2, len(states) + 1, figsize=(9.6, 2.95))
-    for k, (velocities, name) in enumerate([(own, "the exit"), (best, "an exit made\nfor the place")]):
+    for k, (velocities, name) in enumerate([(own, "the model's\nown exit"), (best, "an exit fitted\nto the place")]):
         for axis, v, error in zip(axes[k], velocities, errors[k], strict=False):
             axis.imshow(picture_of(noise - sigma * v))
             axis.set(xlabel=f"error {error:.2g}")
@@ -428,7 +428,7 @@ def edits_by(models: dict[str, nn.Module]) -> dict[str, float]:
     """The same edit by several transformers, the first of them the right one; how far each is from the first."""
     pictures = [edit(model) for model in models.values()]
     away = {name: apart(picture, pictures[0]) for name, picture in zip(models, pictures, strict=True)}
-    titles = [f"{name}\n{off:.1f} of 255 away" if k else name for k, (name, off) in enumerate(away.items())]
+    titles = [f"{name}\n{off:.1f} of 255 away (mean)" if k else name for k, (name, off) in enumerate(away.items())]
     show(pictures, titles, size=2.4)
     return away
 
@@ -449,5 +449,7 @@ def where_they_part(broken: dict[str, nn.Module], right: nn.Module, inputs: dict
                       ha="right" if before else "left", va="center", color=RED, fontsize=9,
                       arrowprops={"arrowstyle": "->", "color": RED})  # fmt: skip
         axis.set(ylabel="difference, %\nof the largest", title=name, xlim=(-1, len(off)))
-    axes[-1, 0].set(xlabel="parts of the model, in the order in which they finish")
+    axes[-1, 0].set(
+        xlabel="parts of the model, in the order in which they finish; the last is the answer for all tokens"
+    )
     plt.show()

@@ -117,8 +117,10 @@ def there_and_back() -> None:
         axis.set_title(f"{title}\n{picture.shape[4]} × {picture.shape[3]} pixels of 3 numbers")
         bare(axis)
     middle.suptitle(f"its latents\n{z.shape[4]} × {z.shape[3]} places of {z.shape[1]} numbers", fontsize=10)
+    most = math.ceil(z.abs().max().item())
+    middle.supxlabel(f"black is −{most}, white is {most}", fontsize=9)
     for axis, channel in zip(middle.subplots(4, -(-z.shape[1] // 4)).flat, z[0, :, 0], strict=True):
-        axis.imshow(channel, cmap="gray")
+        axis.imshow(channel, cmap="gray", vmin=-most, vmax=most)
         bare(axis)
     plt.show()
 
@@ -160,7 +162,7 @@ def planes(pairs: dict[str, Pair], crops: Tensor, count: int = 24) -> None:
     else:
         figure, axes = plt.subplots(2, len(pairs), figsize=(9.2, 4.6), height_ratios=[2.2, 1])
     found = [codes(encoder, crops) for encoder, _ in pairs.values()]
-    reach = math.ceil(max(3.0, *(points.abs().quantile(0.998).item() for points in found)))
+    reach = math.ceil(max(3.0, *(points.abs().max().item() for points in found)))
     colours = (crops.mean((2, 3)).numpy() + 1) / 2
     for column, (name, (_, decoder)) in enumerate(pairs.items()):
         cloud, sheet_ = axes[:, column]
@@ -170,7 +172,8 @@ def planes(pairs: dict[str, Pair], crops: Tensor, count: int = 24) -> None:
             cloud.add_patch(plt.Circle((0, 0), radius, fill=False, color=BLUE, lw=1.6, ls=style_))
         cloud.set(title=name, xlabel="first number", ylabel="" if column else "second number", aspect="equal")
         ticks = range(-reach // 2 * 2, reach + 1, 2)
-        cloud.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=ticks, yticks=ticks)
+        limits = (-reach - 0.5, reach + 0.5)
+        cloud.set(xlim=limits, ylim=limits, xticks=ticks, yticks=ticks)
         sheet_.imshow(sheet(painted(decoder, noise), 8))
         sheet_.set_title(f"the decoder, given {count} points of noise")
         bare(sheet_)
@@ -180,15 +183,15 @@ def planes(pairs: dict[str, Pair], crops: Tensor, count: int = 24) -> None:
 def prices(clouds: Sequence[tuple[float, float]]) -> None:
     """Bells of these means and deviations beside that of the noise, each with its KL term."""
     x = np.linspace(-4, 4, 600)
-    figure, axes = plt.subplots(1, len(clouds), figsize=(9.2, 2.5), sharey=True)
-    bell = lambda mean, std: np.exp(-(((x - mean) / std) ** 2) / 2) / std  # noqa: E731
+    figure, axes = plt.subplots(1, len(clouds), figsize=(9.2, 2.5))  # each with its own height
+    bell = lambda mean, std: np.exp(-(((x - mean) / std) ** 2) / 2) / std / math.sqrt(2 * math.pi)  # noqa: E731
     for axis, (mean, std) in zip(axes, clouds, strict=True):
         price = (mean**2 + std**2 - 1 - 2 * math.log(std)) / 2
         axis.fill_between(x, bell(0, 1), color=BLUE, alpha=0.25, lw=0, label="noise")
         axis.plot(x, bell(mean, std), color=ORANGE, lw=2, label="one crop")
-        axis.set(title=f"mean {mean:g}, deviation {std:g}\ncosts {price:.2f}", xlabel="the number", yticks=[])
-        axis.set(ylim=(0, 2.3), xticks=(-4, -2, 0, 2, 4))
-    axes[0].set_ylabel("how likely")
+        axis.set(title=f"mean {mean:g}, deviation {std:g}\ncosts {price:.2f}", xlabel="the number")
+        axis.set(ylim=(0, 1.6 * bell(mean, std).max()), xticks=(-4, -2, 0, 2, 4))
+    axes[0].set_ylabel("how likely (density)")
     axes[0].legend(loc="upper left")
     plt.show()
 

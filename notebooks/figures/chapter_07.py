@@ -188,7 +188,8 @@ def without_the_layers() -> tuple[int, int]:
     figure, axes = plt.subplots(2, 1 + len(WISHES), figsize=(2.2 * (1 + len(WISHES)), 4.9))
     axes[0, 0].imshow(scene())
     axes[0, 0].set_title("the given picture")
-    axes[1, 0].text(1, 0.5, "rows of the table,\nno layers", ha="right", va="center", fontsize=10)
+    for axis, label in zip(axes[:, 1], ("with the layers", "rows of the table,\nno layers"), strict=True):
+        axis.set_ylabel(label, fontsize=10)
     for column, wish in enumerate(WISHES, start=1):
         for row, encoding in enumerate((encoded, from_the_table)):
             axes[row, column].imshow(edit(scene(), wish, encoding))
@@ -283,8 +284,9 @@ def first_to_differ() -> list[str]:
     names = pieces_of(model().tokenizer, tokens.input_ids[0, tokens.drop :].tolist())
     names = [name.removeprefix("␣") for name in names]
     names = ["picture" if name == IMAGE_PAD else name.strip("<|>") for name in names]
-    names = [f"template\n({tokens.drop} tokens)", *names]
-    figure, axis = plt.subplots(figsize=(9.4, 3.2))
+    shown_as = [f"template\n({tokens.drop})", *(name.replace("_", "_\n") for name in names)]
+    names = ["template", *names]
+    figure, axis = plt.subplots(figsize=(9.8, 2.9))
     found = []
     for k, (wish, colour) in enumerate(others):
         other = states(wish, scene())[0]
@@ -293,7 +295,7 @@ def first_to_differ() -> list[str]:
         axis.bar(torch.arange(len(names)) + 0.4 * k - 0.2, shown, 0.38, color=colour, label=f"against “{wish}”")
         found.append(names[1 + int((change[tokens.drop :] > 1e-5).nonzero()[0])])
         assert change[: tokens.drop].max() < 1e-5
-    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axis.set_xticks(range(len(names)), shown_as, fontsize=8)
     axis.set(ylabel="change of the vector,\nshare of its length", title=f"“{first}”: which vectors change?")
     axis.legend(loc="upper left")
     plt.show()
@@ -340,7 +342,9 @@ def patches(picture: Image.Image | None = None, size: int = 14, merge: int = 2) 
     for k in range(0, picture.height + 1, size):
         axes[0].axhline(k - 0.5, color="white", lw=2.5 if k % (size * merge) == 0 else 0.7)
     side = size * merge
-    axes[0].add_patch(plt.Rectangle((side - 0.5, side - 0.5), side, side, fill=False, edgecolor="#00e0ff", lw=3))
+    axes[0].add_patch(
+        plt.Rectangle((side - 0.5, side - 0.5), side, side, fill=False, edgecolor="#00e0ff", lw=3, zorder=3)
+    )
     axes[0].set(xlabel="pixels", ylabel="pixels", xticks=range(0, picture.width + 1, side))
     axes[0].set(yticks=range(0, picture.height + 1, side))
     axes[0].set_title(f"patches of {size}×{size} pixels (thin), {merge}×{merge} of them a token (bold)")
