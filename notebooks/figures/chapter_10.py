@@ -29,6 +29,7 @@ SET = ROOT / "data/finetune"
 FILE = SET / f"{HELD_BACK}_lora.safetensors"  # made by the two commands of the README, from all of the set
 PAIRS, HELD = 28, 8  # samples of the new kind and of all old ones to train on; as many not to train on
 LEVELS = (0.5, 0.8)  # noise levels at which a loss is measured
+AT = "σ = " + " and ".join(map(str, LEVELS))
 EDIT_STEPS = 4  # of an edit, without guidance: enough for the small model
 SEED = 7 * 10**8  # of scenes that no training uses
 
@@ -208,8 +209,8 @@ def errors_by_rank(errors: dict[str, tuple[float, float]]) -> None:
     """For each way to learn: the mean square error on the examples, and on new ones."""
     figure, axis = plt.subplots(figsize=(9.2, 2.8))
     for x, (known, new) in enumerate(errors.values()):
-        bars = axis.bar([x - 0.2, x + 0.2], [known, new], 0.38, color=[GREY, RED],
-                        label=("its own examples", "new examples") if x == 0 else None)  # fmt: skip
+        label = None if x else ("its own examples, noisy answers", "new examples, true answers")
+        bars = axis.bar([x - 0.2, x + 0.2], [known, new], 0.38, color=[GREY, RED], label=label)
         axis.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
     axis.set(xticks=range(len(errors)), ylabel="mean square error", title="how wrong the changed layer is")
     axis.set_xticklabels(list(errors), fontsize=9)
@@ -258,7 +259,13 @@ def three_starts(W: Tensor, change: Tensor, rank: int = 2, steps: int = 80) -> N
         axis.plot(0, losses[0], "o", color=colour)
     with torch.no_grad():
         axis.axhline((x @ change.T).square().mean(), color=GREY, ls=":", lw=1, label="the layer as it was")
-    axis.set(xlabel="step", ylabel="loss", title="three ways to begin", ylim=(0, None), xlim=(-2, None))
+    axis.set(
+        xlabel="step",
+        ylabel="loss",
+        title="three ways to begin, on a toy like the one above",
+        ylim=(0, None),
+        xlim=(-2, None),
+    )
     axis.legend(ncols=2)
     plt.show()
 
@@ -299,11 +306,11 @@ def loss_by_level(model: nn.Module, levels: Sequence[float] = (0.05, 0.2, 0.35, 
 
 
 def course_of(pictures: dict[int, Image.Image], losses: dict[int, dict[str, float]], task: Edit) -> None:
-    """One edit and the losses at some steps of a training."""
+    """One edit at some steps of a training, and the losses on samples that are not trained on."""
     figure = plt.figure(figsize=(9.4, 4.4))
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.05, 1))
     axes = top.subplots(1, 1 + len(pictures))
-    titles = [said(task, 20), *(f"after {step} steps" for step in pictures)]
+    titles = [f"given: {said(task, 20)}", *(f"after {step} steps" if step else "before" for step in pictures)]
     for axis, picture, title in zip(axes, (task.source, *pictures.values()), titles, strict=True):
         axis.imshow(picture)
         axis.set(title=title)
@@ -311,7 +318,7 @@ def course_of(pictures: dict[int, Image.Image], losses: dict[int, dict[str, floa
     axis = bottom.subplots()
     for key, colour, label in (("new", RED, "the new kind"), ("old", GREY, "kinds that it knows")):
         axis.plot(list(losses), [each[key] for each in losses.values()], "o-", color=colour, lw=2, label=label)
-    axis.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axis.set(xlabel="step", ylabel="loss", ylim=(0, None), title=f"on samples that are not trained on, {AT}")
     axis.legend()
     plt.show()
 
@@ -321,14 +328,14 @@ def row(rank: int | str, trained: Sequence[Tensor], seconds: float, model: nn.Mo
     numbers, adapter = sum(p.numel() for p in trained), isinstance(rank, int)
     share = 2 * rank / width_of_small() if adapter else 1  # of a square layer: A and B have 2 r C of C C numbers
     size = numbers * (4 if adapter else 2)  # bytes: adapters are kept in float32, whole weights in bf16
-    losses = losses_of(model)
+    losses = losses_of(model) | {"picture": edit(model, tasks(1)[0])}
     return {"rank": rank, "numbers": numbers, "share": share, "size": size, "seconds": seconds, **losses}
 
 
 def sweep(rows: Sequence[dict]) -> None:
-    """The table of a sweep, and its losses beside those before training."""
+    """The table of a sweep, an edit of each model, and the losses beside those before training."""
     before = losses_of(fresh())
-    heads = ("rank", "trained numbers", "of a layer", "file, MB", "seconds", "loss, new kind", "loss, old kinds")
+    heads = ("rank", "trained numbers", "of a layer", "file, MB", "CPU seconds", "loss, new kind", "loss, old kinds")
     lines = [heads]
     for each in rows:
         line = (each["rank"], f"{each['numbers']:,}", f"{each['share']:.0%}", f"{each['size'] / 1e6:.2f}")
@@ -336,9 +343,18 @@ def sweep(rows: Sequence[dict]) -> None:
     lines.append(("before", "", "", "", "", f"{before['new']:.3f}", f"{before['old']:.3f}"))
     for line in lines:
         print("   ".join(str(cell).rjust(max(6, len(head))) for cell, head in zip(line, heads, strict=True)))
-    names = ["before", *(str(each["rank"]) for each in rows)]
-    figure, axes = plt.subplots(1, 2, figsize=(9.2, 2.7))
-    for axis, key, colour, title in ((axes[0], "new", RED, "the new kind"), (axes[1], "old", GREY, "the old kinds")):
+    names, task = ["before", *(str(each["rank"]) for each in rows)], tasks(1)[0]
+    figure = plt.figure(figsize=(9.2, 4.6))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.35))
+    pictures = top.subplots(1, len(rows) + 1)
+    titles = [f"given: {said(task, 20)}", *(f"rank {name}" if name != "all" else "all weights" for name in names[1:])]
+    for axis, picture, title in zip(pictures, (task.source, *(each["picture"] for each in rows)), titles, strict=True):
+        axis.imshow(picture)
+        axis.set_title(title, fontsize=9)
+    bare(pictures)
+    axes = bottom.subplots(1, 2)
+    new, old = ("new", RED, "loss of the new kind"), ("old", GREY, "loss of the old kinds (another scale)")
+    for axis, (key, colour, title) in zip(axes, (new, old), strict=True):
         bars = axis.bar(names, [before[key], *(each[key] for each in rows)], color=colour)
         bars[0].set_alpha(0.4)
         axis.set(xlabel="rank", ylabel="loss", title=title)
@@ -379,14 +395,14 @@ def what_it_changed(before: nn.Module, after: nn.Module, ranks: Sequence[int] = 
     for key, colour, label in (("change", ORANGE, "of the change"), ("W", BLUE, "of W itself")):
         curve = torch.stack(shares[key]).mean(0)
         axes[0].plot(range(1, len(curve) + 1), curve, color=colour, lw=2, label=label)
-    axes[0].set(xlabel="strongest directions that are kept", ylabel="share of the squares", ylim=(0, 1.02),
-                xlim=(0, None), title="the change is made of few directions")  # fmt: skip
+    axes[0].set(xlabel="strongest directions that are kept", ylabel="share of the sum of squares", ylim=(0, 1.02),
+                xlim=(0, None), title="the attention matrices that we adapt")  # fmt: skip
     axes[0].legend(loc="lower right")
-    names = [str(rank) if rank else "0: biases\nonly" for rank in ranks] + ["all"]
+    names = [str(rank) if rank else "0: biases\nand norms" for rank in ranks] + ["all"]
     bars = axes[1].bar(names, [*losses, loss_on(after, held()["new"])], color=ORANGE)
-    axes[1].bar_label(bars, fmt="%.2f", fontsize=8)
-    axes[1].set(xlabel="directions kept of each matrix's change", ylabel="loss, new kind",
-                title="full fine-tune, cut down to a low rank")  # fmt: skip
+    axes[1].bar_label(bars, fmt="%.3f", fontsize=8)
+    axes[1].set(xlabel="directions kept of the change of each matrix", ylabel="loss, new kind",
+                title="every matrix of the model, its change cut down")  # fmt: skip
     plt.show()
 
 
@@ -394,7 +410,8 @@ def scale_forgotten(task: Edit, right: nn.Module, wrong: nn.Module, times: float
     """An edit as it is meant, and with adapters that are too strong."""
     figure, axes = plt.subplots(1, 4, figsize=(9.2, 2.9))
     pictures = (task.source, edit(fresh(), task), edit(right, task), edit(wrong, task))
-    titles = (said(task), "no adapter", "alpha is read", f"alpha is ignored:\n{times:g} times too strong")
+    ignored = f"adapter, alpha ignored:\n{times:g} times too strong"
+    titles = (f"given: {said(task)}", "no adapter", "adapter, alpha read", ignored)
     for axis, picture, title in zip(axes, pictures, titles, strict=True):
         axis.imshow(picture)
         axis.set(title=title)
