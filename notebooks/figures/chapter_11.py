@@ -30,9 +30,9 @@ from minqwen.sampling import denoise, get_sigmas
 from minqwen.world import KINDS, Edit, judge, sample_edit
 
 WISH = "make the star green"  # what is done to the scene
-STEPS = 4  # of an edit, without guidance: enough for the small model
+STEPS = 8  # of an edit, without guidance
 COUNT, SEED = 20, 3 * 10**8  # edits that are counted, on scenes that no training used
-STRENGTH = 0.06  # of the random adapter: its edits are to differ visibly
+STRENGTH = 0.15  # of the random adapter: its edits are to differ visibly
 LEVEL = 0.7  # the noise level at which velocities are compared
 
 AREA, SIDES = 1024 * 1024, np.arange(512, 1537, 64)  # pixels of the released model; sides of pictures
@@ -320,24 +320,26 @@ def layer_and_table(W: Tensor, vectors: dict[float, Tensor], table: dict[float, 
 
 
 def rounding(weights: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, bits: int = 4) -> None:
-    """Weights, the levels that they may have, and how far each is moved."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.4, 3.1), width_ratios=(2.1, 1), sharey=True)
-    levels = offset.item() + scale.item() * np.arange(2**bits)
-    back = (offset + scale * codes).tolist()
-    for level in levels:
-        axes[0].axhline(level, color=GREY, lw=0.5)
-    for k, (w, to) in enumerate(zip(weights.tolist(), back, strict=True)):
-        axes[0].plot([k, k], [w, to], color=RED, lw=1.4)
-    axes[0].plot(weights, "o", color=BLUE, ms=3.5, label="weight")
-    axes[0].plot([], [], color=RED, label="how far it is moved")
-    axes[0].set(xlabel="number of the weight", ylabel="weight", title=f"{len(weights)} weights, {2**bits} levels",
-                ylim=(levels[0] - 0.2 * abs(levels[0]), levels[-1] * 1.45))  # fmt: skip
-    axes[0].legend(loc="upper left", ncols=2)
+    """Weights between the values that they may have, how far each is moved, and how many get each code."""
+    figure = plt.figure(figsize=(9.4, 4.3))
+    grid = figure.add_gridspec(2, 2, width_ratios=(2.1, 1), height_ratios=(2, 1))
+    top, right = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[:, 1])
+    below = figure.add_subplot(grid[1, 0], sharex=top)
+    step, places = scale.item(), np.arange(len(weights))
+    values = offset.item() + step * np.arange(2**bits)
+    top.hlines(values, -1, len(weights), color=GREY, lw=0.5)
+    top.plot(places, weights, "o", color=BLUE, ms=3.5)
+    top.set(ylabel="weight", title=f"{len(weights)} weights, {2**bits} values (lines)")
+    top.tick_params(labelbottom=False)
+    below.bar(places, (offset + scale * codes - weights).numpy(), color=RED)
+    for sign in (-1, 1):
+        below.axhline(sign * step / 2, color=GREY, lw=0.8, ls="--")
+    below.set(ylabel="moved by", xlabel="number of the weight", ylim=(-0.75 * step, 0.75 * step))
+    below.text(len(weights) - 0.5, 0.53 * step, "half the scale", ha="right", fontsize=8, color=GREY)
     counts = np.bincount(codes.int(), minlength=2**bits)
-    axes[1].barh(levels, counts, height=0.7 * scale.item(), color=BLUE)
-    for code, (level, count) in enumerate(zip(levels, counts, strict=True)):
-        axes[1].text(count + 0.2, level, f"code {code}", va="center", fontsize=6.5)
-    axes[1].set(xlabel="weights at this level", title="the middle is crowded", xlim=(0, counts.max() + 4))
+    bars = right.barh(np.arange(2**bits), counts, color=BLUE)
+    right.bar_label(bars, fontsize=8, padding=2)
+    right.set(xlabel="weights with this code", ylabel="code", yticks=range(2**bits), title="the middle is crowded")
     plt.show()
 
 
@@ -376,21 +378,24 @@ def errors_by_group(errors: dict[str, tuple[float, float]]) -> None:
         values = [100 * error[k] for error in errors.values()]
         bars = axis.bar(np.arange(len(values)) + 0.4 * k - 0.2, values, 0.38, color=colour, label=label)
         axis.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
-    axis.set(xticks=range(len(errors)), ylabel="error of the ordinary\nweights, per cent", ylim=(0, 160),
+    axis.set(xticks=range(len(errors)), ylabel="error of the ordinary\nweights, per cent",
              xlabel="one scale and one offset for", title="4 bits: who shares a scale with a large weight")  # fmt: skip
     axis.set_xticklabels(list(errors), fontsize=9)
+    axis.margins(y=0.12)
     axis.legend(loc="upper right")
     plt.show()
 
 
-def edits_at(models: dict[int, nn.Module], counts: dict[int, int]) -> None:
-    """The same edit by models of fewer and fewer bits, and what each model's velocity is off by."""
-    figure, axes = plt.subplots(1, 2 + len(models), figsize=(9.4, 2.5))
-    pictures = [given(), edit(pipeline().transformer), *(edit(model) for model in models.values())]
-    titles = ["given", "as it is"]
+def edits_at(models: dict[int, nn.Module]) -> None:
+    """The same edit by models of fewer bits, what their velocities are off by, and how many edits are right."""
+    figure, axes = plt.subplots(1, 2 + len(models), figsize=(9.4, 2.6))
+    whole = pipeline().transformer
+    pictures = [given(), edit(whole), *(edit(model) for model in models.values())]
+    titles = ["given\n\n", f"as it is\n\n{count_right(whole)} of {COUNT} right"]
     for bits, model in models.items():
-        told = f"\n{counts[bits]} of {COUNT} right" if bits in counts else "\n"
-        titles.append(f"{bits} bits\nvelocity off by {velocity_error(model):.1%}{told}")
+        told = f"velocity off by {velocity_error(model):.1%}\n"
+        told += f"{count_right(model)} of {COUNT} right" if bits < 8 else ""
+        titles.append(f"{bits} bits\n{told}")
     for axis, picture, title in zip(axes, pictures, titles, strict=True):
         axis.imshow(picture)
         axis.set_title(title, fontsize=8.5)
