@@ -21,6 +21,7 @@ from PIL import Image
 from minqwen.checkpoint import choose_device
 from minqwen.files import content_of
 from minqwen.images import calculate_dimensions, load_image
+from minqwen.parallel import first_to_say
 from minqwen.pipeline import AREA, QwenImagePipeline
 
 
@@ -33,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         self.name = name
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.name}: {message}\n")
+        self.exit(2, f"{self.name}: {message}\n" if first_to_say() else None)
 
 
 def number(kind: type, least: float, most: float) -> Callable[[str], float]:
@@ -100,9 +101,10 @@ def one_line(command: str, interrupted: str = "interrupted", status: int = 130) 
     try:
         yield
     except KeyboardInterrupt:
-        print(f"{command}: {interrupted}", file=sys.stderr)
+        if first_to_say():
+            print(f"{command}: {interrupted}", file=sys.stderr)
         raise SystemExit(status) from None
     except UnicodeEncodeError as error:  # half an emoji, or a name on a disk of another system
         raise SystemExit(f"{command}: {error.object!r} is no text in UTF-8: use another name") from None
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        raise SystemExit(f"{command}: {error}") from None
+        raise SystemExit(f"{command}: {error}" if first_to_say() else 1) from None

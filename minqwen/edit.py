@@ -28,6 +28,7 @@ from minqwen.files import whole_file
 from minqwen.images import MAX_AREA, MAX_SIDE
 from minqwen.lightning import load_lightning, steps_of
 from minqwen.lora import load_lora
+from minqwen.parallel import joined, rank
 from minqwen.pipeline import PARTS, QwenImagePipeline
 from minqwen.plans import WAYS
 from minqwen.prompt import IMAGE_PAD
@@ -128,10 +129,13 @@ def main(arguments: list[str] | None = None) -> None:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"edit: {message}", file=sys.stderr)
         pictures = [read_picture(path) for path in asked.pictures]
-        start = time.perf_counter()
-        pipe = open_model(asked)
-        loaded = time.perf_counter()
-        image = pipe.edit(pictures, area=asked.area, **how) if pictures else pipe.generate(**how)
+        with joined(asked.device) as asked.device:
+            start = time.perf_counter()
+            pipe = open_model(asked)
+            loaded = time.perf_counter()
+            image = pipe.edit(pictures, area=asked.area, **how) if pictures else pipe.generate(**how)
+            if rank():
+                return
     out = asked.out or free_name(asked.pictures)
     with whole_file(out) as path:
         image.save(path, Image.registered_extensions()[out.suffix.lower()])  # it has another suffix until it is whole

@@ -11,6 +11,7 @@ Source: Lipman et al. 2022; the trainers of diffusers and FlyMyAI. Tests: tests/
 As a command: python -m minqwen.finetune --help
 """
 
+import argparse
 import hashlib
 import math
 import os
@@ -27,13 +28,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import trange
 
-from minqwen.checkpoint import Checkpoint
+from minqwen.checkpoint import Checkpoint, choose_device
 from minqwen.command import Parser, keyword, model_options, number, one_line, open_pipeline, read_picture
 from minqwen.files import whole_file, write_json
 from minqwen.images import pack_latents
 from minqwen.lora import ATTENTION, add_lora, save_lora
 from minqwen.memory import LevelTable
-from minqwen.pipeline import QwenImagePipeline
+from minqwen.parallel import (
+    Shards,
+    add_up_gradients,
+    entire,
+    gathered,
+    is_sharded,
+    joined,
+    load_sharded,
+    rank,
+    share,
+    size,
+    wait,
+)
+from minqwen.pipeline import PARTS, QwenImagePipeline
 from minqwen.precompute import Precomputed, Sample
 from minqwen.prompt import pad_prompts
 from minqwen.quantize import QuantizedLinear
@@ -199,10 +213,13 @@ def finetune(
     folder = None if out_dir is None else Path(out_dir)
     lasting = {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
     lasting |= {"samples": len(dataset), "data": data, "model": model_of(pipe)}
-    with locked(folder) if folder else nullcontext():
+    with locked(folder) if folder and not rank() else nullcontext():
+        wait()  # for the first process, which has the lock
         with training(pipe.transformer, settings) as parameters:
             optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
             parts = {"weights": nn.ParameterList(parameters), "optimizer": optimizer}
+            if not settings.rank and folder:
+                parts = {"shards": Shards(pipe.transformer, optimizer, folder)}
             run = Run(folder and folder / STATE, folder and folder / LOG, Row._fields, parts, lasting)
             run.resume()
             table = LevelTable(pipe.turns, settings.levels) if settings.levels else None
@@ -212,7 +229,8 @@ def finetune(
             for step in trange(run.step, steps, initial=run.step, total=steps, desc="finetune", disable=not progress):
                 samples = [dataset[i] for i in next(order)]
                 rows = accumulate_gradients(pipe, samples, settings, step, table)
-                norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+                add_up_gradients(parameters)
+                norm = entire(nn.utils.clip_grad_norm_(parameters, 1.0))
                 check_finite(samples, rows, norm, settings.lr)
                 optimizer.param_groups[0]["lr"] = learning_rate(settings.lr, step, steps)
                 optimizer.step()
@@ -224,7 +242,7 @@ def finetune(
                     if preview:
                         preview(run.step)
         if folder:
-            save_result(pipe, folder, settings.rank)
+            save_result(pipe, folder, settings.rank > 0)
     return [Row(*row) for row in run.rows]
 
 
@@ -241,16 +259,18 @@ def accumulate_gradients(pipe, samples: list[Sample], settings: Settings, step: 
     sigma = sample_sigmas(len(samples), settings.timestep_sampling, shift, chance)
     noise = torch.randn(len(samples), tokens, 64, generator=chance)
     sigma = sigma if table is None else table.nearest(sigma)
-    losses = []
-    for i in range(0, len(samples), settings.batch_size):
-        part = slice(i, i + settings.batch_size)
+    parts, losses = [slice(i, i + settings.batch_size) for i in range(0, len(samples), settings.batch_size)], {}
+    as_mean = size() if is_sharded(pipe.transformer.img_in.weight) and not settings.rank else 1  # FSDP2 divides by it
+    for index, part, counts in share(parts):
         batch = make_batch(samples[part], dropped[part]).to(device, pipe.dtype)
         said = {} if table is None else {"modulations": table.rows(sigma[part], device)}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = flow_loss(partial(pipe.transformer, **said), batch, sigma[part].to(device), noise[part].to(device))
-        (loss.sum() / len(samples)).backward()  # adds up to the gradient of the mean over the whole step
-        losses += loss.tolist()
-    return [Row(step, *pair) for pair in zip(sigma.tolist(), losses, strict=True)]
+        (loss.sum() * (counts * as_mean / len(samples))).backward()  # adds up to the gradient of the whole step's mean
+        losses[index] = loss.tolist()
+    found = {index: told for each in gathered(losses) for index, told in each.items()}
+    told = [loss for index in range(len(parts)) for loss in found[index]]
+    return [Row(step, *pair) for pair in zip(sigma.tolist(), told, strict=True)]
 
 
 @contextmanager
@@ -281,15 +301,18 @@ def training(model: nn.Module, settings: Settings) -> Iterator[list[nn.Parameter
             vars(block).pop("forward", None)
 
 
-def save_result(pipe: QwenImagePipeline, folder: Path, rank: int | None) -> None:
+def save_result(pipe: QwenImagePipeline, folder: Path, adapted: bool) -> None:
     """The adapters as diffusers loads them, or the whole transformer as it was released."""
-    if rank:
+    state = {} if adapted else {name: entire(each).cpu() for name, each in pipe.transformer.state_dict().items()}
+    if rank():
+        return
+    if adapted:
         return save_lora(pipe.transformer, folder / LORA)
     folder = folder / "transformer"
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", {"_class_name": type(pipe.transformer).__name__} | pipe.transformer.config)
     with whole_file(folder / "diffusion_pytorch_model.safetensors") as path:
-        save_file(pipe.transformer.state_dict(), path, {"format": "pt"})
+        save_file(state, path, {"format": "pt"})
 
 
 def picture_preview(pipe: QwenImagePipeline, out_dir: str | os.PathLike, prompt: str, image=None, **options):
@@ -324,6 +347,17 @@ def command_line() -> Parser:
     return parser
 
 
+def open_model(asked: argparse.Namespace, without: tuple[str, ...]) -> QwenImagePipeline:
+    """The pipeline to train; among several processes the transformer's weights are shared out, unless a table
+    stands in for a third of them."""
+    if size() == 1 or asked.levels:
+        return open_pipeline(asked, without, "turns" if asked.levels else "resident")
+    pipe, device = open_pipeline(asked, (*without, "transformer")), choose_device(asked.device)
+    dtype = getattr(torch, asked.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    pipe.transformer = load_sharded(Checkpoint(asked.model), PARTS["transformer"], "transformer", device, dtype)
+    return pipe
+
+
 @one_line("finetune", "interrupted; run it again to go on", status=1)
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
@@ -338,11 +372,12 @@ def main(arguments: list[str] | None = None) -> None:
     Path(asked.out).mkdir(parents=True, exist_ok=True)
     image = asked.preview_image and read_picture(asked.preview_image)
     prompt = asked.preview_prompt
-    pipe = open_pipeline(asked, () if prompt else ("text_encoder", "vae"), "turns" if asked.levels else "resident")
-    preview = prompt and picture_preview(pipe, asked.out, prompt, image)
-    log = finetune(pipe, dataset, asked.out, preview=preview, progress=not asked.quiet, **keywords)
-    last = torch.tensor([row.loss for row in log[-100:]])
-    print(f"{log[-1].step + 1} steps in {asked.out}, mean loss of the last {len(last)} samples {last.mean():.4f}")
+    with joined(asked.device) as asked.device:
+        pipe = open_model(asked, () if prompt else ("text_encoder", "vae"))
+        preview = prompt and picture_preview(pipe, asked.out, prompt, image)
+        log = finetune(pipe, dataset, asked.out, preview=preview, progress=not asked.quiet, **keywords)
+        last = torch.tensor([row.loss for row in log[-100:]])
+        print(f"{log[-1].step + 1} steps in {asked.out}, mean loss of the last {len(last)} samples {last.mean():.4f}")
 
 
 if __name__ == "__main__":

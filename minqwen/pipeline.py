@@ -32,6 +32,7 @@ from minqwen.images import (
     unpack_latents,
 )
 from minqwen.memory import Shell, Turns
+from minqwen.parallel import Passes, split_tokens
 from minqwen.plans import TOGETHER, default_dtype, hold
 from minqwen.prompt import EDIT, EDIT_PLUS, T2I, Prompt, check_prompts, drop_prefix, pad_prompts, tokenize_prompts
 from minqwen.sampling import Callback, Velocity, denoise, get_sigmas, guide
@@ -235,17 +236,19 @@ class QwenImagePipeline:
         clean = [pack_latents(z).to(self.dtype) for z in references]
         if len(prompts) == 2 and sum(h * w for _, h, w in shapes) <= TOGETHER:
             prompts = [pad_prompts(prompts)]
+        passes = Passes(len(prompts))
 
         @torch.inference_mode()
         def velocity(latents: torch.Tensor, sigma: float) -> torch.Tensor:
             tokens = torch.cat([latents.to(self.dtype), *clean], dim=1)
             timestep = torch.full((1,), sigma, device=self.device)  # filled there: a copy would wait for the GPU
             table = {} if turns is None else {"modulations": turns.modulations(sigma)}
-            predictions = []
-            for embeds, mask in prompts:
+            predictions, model = [], split_tokens(self.transformer, passes.group)
+            for embeds, mask in passes.mine(prompts):
                 rows = tokens.expand(len(embeds), -1, -1)
-                rows = self.transformer(rows, embeds, mask, timestep, [shapes], **table)
-                predictions += rows[:, : latents.shape[1]].split(1)
+                rows = model(rows, embeds, mask, timestep, [shapes], **table)
+                for each in passes.exchanged(rows[:, : latents.shape[1]]):
+                    predictions += each.split(1)
             return guide(*predictions, true_cfg_scale) if len(predictions) == 2 else predictions[0]
 
         return velocity

@@ -12,6 +12,7 @@ Sizes and calls are those of diffusers' QwenImageEditPipeline and QwenImageEditP
 Chapter 08. As a command: python -m minqwen.precompute --help
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +33,7 @@ from tqdm import tqdm
 from minqwen.command import Parser, model_options, number, one_line, open_pipeline
 from minqwen.files import content_of, open_weights, read_json, save_weights, whole_file, write_json
 from minqwen.images import MAX_AREA, MAX_RATIO, calculate_dimensions, load_image
+from minqwen.parallel import gathered, joined, rank, size, wait
 from minqwen.pipeline import AREA, CONDITION_AREA, PARTS, QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS, T2I
 from minqwen.run import locked
@@ -303,19 +306,24 @@ def _precompute(pipe, sources: list[Source], cache_dir, area: int, progress: boo
         return Precomputed(names, samples, len(samples))
     folder, model = Path(cache_dir), fingerprint(pipe)
     folder.mkdir(parents=True, exist_ok=True)
-    files, listed, computed = [], [], 0
-    with locked(folder):
-        for left in folder.glob(".*.part"):  # by a run that was killed
+    files, listed, turns, computed = [], [], {}, 0
+    with nullcontext() if rank() else locked(folder):
+        for left in [] if rank() else folder.glob(".*.part"):  # by a run that was killed
             left.unlink()
+        wait()  # of several processes the first has the lock, and writes the index
         for source in tqdm(sources, **bar):
             recipe = recipe_of(pipe, source, area, model)
             file = folder / f"{cache_key(recipe)}.safetensors"  # equal pictures with equal captions share it
+            mine = turns.setdefault(file, len(turns)) % size() == rank()
             files.append(file)
             listed.append((source.name, file.name))
-            if not _is_whole(file):
+            if mine and not _is_whole(file):
                 (folder / INDEX).unlink(missing_ok=True)
                 _write_sample(file, encode_sample(pipe, source, area), recipe)
                 computed += 1
+        computed = sum(gathered(computed))
+        if rank():
+            return Precomputed(names, files, computed)
         write_json(folder / INDEX, {"format": FORMAT, "samples": listed})
         if prune:
             for file in set(folder.glob("*.safetensors")) - set(files):
@@ -342,6 +350,12 @@ def command_line() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     asked = command_line().parse_args(arguments)
+    with joined(asked.device) as asked.device:
+        run(asked)
+
+
+def run(asked: argparse.Namespace) -> None:
+    """What the command does, in each of several processes."""
     light = open_pipeline(asked, tuple(PARTS))  # the data are looked at before minutes are spent on loading a model
     area = asked.area or light.area
     sources = find_sources(asked.images, asked.control, area, light.edit_template)

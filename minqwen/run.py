@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from minqwen.files import open_weights, whole_file
+from minqwen.parallel import entire, rank
 
 TEXTS = ("embeds", "empty")  # of a sample's tensors; the others are latents of pictures
 
@@ -46,7 +47,13 @@ class Run:
         return self.seconds + time.monotonic() - self._started
 
     def save(self) -> None:
-        """The log, then the state. Each is replaced in one step: the old file stays until the new one is whole."""
+        """The log, then the state. Each is replaced in one step: the old file stays until the new one is whole.
+
+        Of several processes the first writes; all must be here.
+        """
+        parts = {name: part.state_dict() for name, part in self.parts.items()} if self.state is not None else {}
+        if rank():
+            return
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(self.log) as path, open(path, "w", newline="", encoding="utf-8") as file:
@@ -54,7 +61,6 @@ class Run:
         if self.state is not None:
             self.state.parent.mkdir(parents=True, exist_ok=True)
             run = {"step": self.step, "seconds": self.elapsed(), "rows": self.rows, "settings": self.settings}
-            parts = {name: part.state_dict() for name, part in self.parts.items()}
             with whole_file(self.state) as path:
                 torch.save({"run": json.dumps(run), "parts": parts}, path)
 
@@ -125,7 +131,7 @@ def model_of(pipe) -> str:
     """
     parts = [repr(sorted(what.items())) for what in (pipe.transformer.config, pipe.schedule)]
     for name, tensor in pipe.transformer.state_dict().items():
-        few = tensor.reshape(-1)[:: tensor.numel() // 64 if tensor.numel() > 2**16 else 1]
+        few = entire(tensor).reshape(-1)[:: tensor.numel() // 64 if tensor.numel() > 2**16 else 1]
         parts += [f"{name} {tuple(tensor.shape)} {tensor.dtype}", "" if tensor.is_meta else few]
     return f"{str(pipe.dtype).removeprefix('torch.')} {digest(parts)}"
 

@@ -3,8 +3,8 @@
 precompute, finetune, shrink and make tiny (with next to none of its steps) run in child processes that are killed
 (SIGKILL, which nothing can catch) after a random time, until one of them ends by itself; then its files must be those
 of an undisturbed run, byte for byte. Then the next round begins, until the job has been killed so many times. In every
-other round two runs work on the folder at once, and both are killed at moments of their own. Needs os.fork: Linux or
-macOS.
+other round two runs work on the folder at once, and both are killed at moments of their own. Last, workers of one run
+under torchrun are killed, one after the other. Needs os.fork: Linux or macOS.
 """
 
 import argparse
@@ -14,12 +14,14 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 from tables import put
 from tqdm import tqdm
 
@@ -28,7 +30,8 @@ from minqwen import finetune, precompute, shrink
 ROOT = Path(__file__).resolve().parents[1]
 TINY, SET = ROOT / "data" / "tiny", ROOT / "data" / "finetune"
 MODEL = ["--model", str(TINY), "--device", "cpu", "--quiet"]
-JOBS = ("precompute", "finetune", "shrink", "tiny")
+TUNE = ["--steps", "12", "--rank", "2", "--batch-size", "2", "--save-every", "1"]
+JOBS = ("precompute", "finetune", "shrink", "tiny", "workers")
 
 
 def jobs(place: Path) -> dict[str, Callable[[Path], object]]:
@@ -40,10 +43,9 @@ def jobs(place: Path) -> dict[str, Callable[[Path], object]]:
             shutil.copy(path, folder)
     data = [str(images), "--control", str(control)]
     precompute.main([*data, "--cache", str(cache), *MODEL])
-    tune = ["--steps", "12", "--rank", "2", "--batch-size", "2", "--save-every", "1"]
     return {
         "precompute": lambda out: precompute.main([*data, "--cache", str(out), *MODEL]),
-        "finetune": lambda out: finetune.main([str(cache), "--out", str(out), *tune, *MODEL]),
+        "finetune": lambda out: finetune.main([str(cache), "--out", str(out), *TUNE, *MODEL]),
         "shrink": lambda out: shrink.main([str(TINY), str(out), "--quiet"]),
         "tiny": make_tiny_in,
     }
@@ -106,6 +108,44 @@ def killed_round(job: Callable[[Path], object], out: Path, chance: random.Random
             return kills
 
 
+def torchrun(processes: int, restarts: int = 0) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+            "--max-restarts", str(restarts), "--monitor-interval", "0.1"]  # fmt: skip
+
+
+def alone() -> dict[str, str]:
+    """An environment with one thread a process, in which this tree's minqwen is found."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+
+
+def killed_workers(place: Path, count: int, seed: int) -> int:
+    """Two processes train under torchrun; one of them is killed, again and again; torchrun starts both anew.
+
+    The number of kills. Raises RuntimeError where the weights are not those of an undisturbed run.
+    """
+    jobs(place / "data")
+    tune = ["-m", "minqwen.finetune", str(place / "data" / "cache"), *TUNE[:1], str(6 * (count + 2)), *TUNE[2:], *MODEL]
+    chance, killed, seen, log = random.Random(seed), 0, set(), place / "killed" / finetune.LOG
+    subprocess.run([*torchrun(2), *tune, "--out", str(place / "calm")], check=True, env=alone(), capture_output=True)
+    with open(place / "said", "w", encoding="utf-8") as said:
+        command = [*torchrun(2, restarts=count), *tune, "--out", str(log.parent)]
+        run = subprocess.Popen(command, env=alone(), stdout=said, stderr=said)
+        while run.poll() is None:
+            lines, wanted = (log.read_text().count("\n") if log.exists() else 0), 12 * killed + chance.randint(4, 14)
+            alive = [p for p in psutil.Process(run.pid).children() if p.status() != psutil.STATUS_ZOMBIE]
+            workers = [p for p in alive if "minqwen.finetune" in p.cmdline()]
+            if killed < count and lines >= wanted and len(workers) == 2 and not seen & set(workers):
+                time.sleep(chance.uniform(0, 0.3))
+                chance.choice(workers).kill()
+                killed, seen = killed + 1, seen | set(workers)
+            time.sleep(0.05)
+    if run.returncode:
+        raise RuntimeError((place / "said").read_text(encoding="utf-8")[-2000:])
+    if contents(place / "calm") != contents(log.parent):
+        raise RuntimeError(f"seed {seed}: the weights are others than those of an undisturbed run")
+    return killed
+
+
 def run(names: list[str], kills: int, seed: int) -> dict[str, tuple[int, int]]:
     """Kills and rounds of each job. Raises RuntimeError where a round ends in other files than an undisturbed run."""
     found = {}
@@ -130,6 +170,8 @@ def run(names: list[str], kills: int, seed: int) -> dict[str, tuple[int, int]]:
                     count, rounds = count + more, rounds + 1
                     bar.update(more)
             found[name] = count, rounds
+        if "workers" in names:
+            found["workers"] = killed_workers(place / "workers", min(kills, 10), seed), 1
     return found
 
 
