@@ -1,13 +1,12 @@
-"""Fine-tuning: the loss of chapter 09 on precomputed samples, with adapters (or every weight) to move.
+"""Fine-tuning: the loss of flow.py on precomputed samples, with adapters (or every weight) to move.
 
     dataset of Sample, pipe  ->  the pipe's transformer, trained; a log of (step, sigma, loss), one row for each sample
 
 A step takes samples of one shape, mixes each with noise at a random level sigma, asks for the velocity, and pulls it
 towards noise minus picture. Chance is a function of the seed and the step's number alone, so a run keeps no random
 state, and one that is killed goes on to the same weights, bit for bit (on a CPU; CUDA adds in any order).
-The surprise: control pictures pass through the whole model with the noisy one, but the loss is taken on the target's
-tokens only, and in most trainers sigma is uniform although nobody samples that way.
-Source: Lipman et al. 2022; the trainers of diffusers and FlyMyAI. Tests: tests/test_finetune.py. Chapter 10.
+The surprise: bfloat16 rounds most of a step away; so what is trained is float32, and the rest stays as it is.
+Tests: tests/test_finetune.py. Chapter 10.
 As a command: python -m minqwen.finetune --help
 """
 
@@ -24,37 +23,23 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import trange
 
+from minqwen import parallel
 from minqwen.checkpoint import Checkpoint, choose_device
 from minqwen.command import Parser, keyword, model_options, number, one_line, open_pipeline, read_picture
 from minqwen.files import whole_file, write_json
-from minqwen.images import pack_latents
+from minqwen.flow import TIMESTEP_SAMPLING, flow_loss, make_batch, sample_sigmas
 from minqwen.lora import ATTENTION, add_lora, save_lora
 from minqwen.memory import LevelTable
-from minqwen.parallel import (
-    Shards,
-    add_up_gradients,
-    entire,
-    gathered,
-    is_sharded,
-    joined,
-    load_sharded,
-    rank,
-    share,
-    size,
-    wait,
-)
 from minqwen.pipeline import PARTS, QwenImagePipeline
 from minqwen.precompute import Precomputed, Sample
-from minqwen.prompt import pad_prompts
 from minqwen.quantize import QuantizedLinear
 from minqwen.run import Run, check_finite, locked, look_at, model_of
-from minqwen.sampling import resolution_shift, time_shift
+from minqwen.sampling import resolution_shift
 
-TIMESTEP_SAMPLING = ("shifted", "uniform", "logit-normal")
 STATE, LOG, LORA = "checkpoint.pt", "log.csv", "lora.safetensors"  # the files in out_dir
 MAY_CHANGE = ("checkpointing", "save_every")  # settings that change no number: a run may go on with others
 
@@ -92,66 +77,12 @@ class Settings:
         sample_sigmas(0, self.timestep_sampling)  # a wrong word is reported before any work
 
 
-class Batch(NamedTuple):
-    """Samples of one shape, prompts padded to the longest."""
-
-    target: Tensor  # (B, Ni, 64) packed, clean
-    control: Tensor  # (B, Nc, 64) packed, of all control pictures one behind the other; Nc = 0 for drawing
-    embeds: Tensor  # (B, Nt, C)
-    mask: Tensor | None  # (B, Nt), None where every token is valid
-    shapes: list[tuple[int, int, int]]  # (1, h, w) in tokens, of the target and of each control picture
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
-        mask = None if self.mask is None else self.mask.to(device)
-        target, control, embeds = (x.to(device, dtype) for x in (self.target, self.control, self.embeds))
-        return Batch(target, control, embeds, mask, self.shapes)
-
-
 class Row(NamedTuple):
     """One sample's part in one step."""
 
     step: int
     sigma: float
     loss: float
-
-
-def make_batch(samples: Sequence[Sample], dropped: Sequence[bool] | None = None) -> Batch:
-    """Samples of one shape as a batch; those that are dropped say the empty prompt instead of their caption."""
-    dropped = dropped or [False] * len(samples)
-    prompts = [(s.empty if drop else s.embeds, None) for s, drop in zip(samples, dropped, strict=True)]
-    embeds, mask = pad_prompts(prompts)
-    pictures = [(s.latents, *s.control) for s in samples]
-    latents = [torch.cat(column) for column in zip(*pictures, strict=True)]
-    target, *controls = map(pack_latents, latents)
-    control = torch.cat([target[:, :0], *controls], dim=1)
-    shapes = [(1, z.shape[-2] // 2, z.shape[-1] // 2) for z in latents]
-    return Batch(target, control, embeds, mask, shapes)
-
-
-def flow_error(transformer: nn.Module, batch: Batch, sigma: Tensor, noise: Tensor) -> Tensor:
-    """Flow matching's squared errors, (B, Ni, 64): how far is the velocity from noise minus picture?
-
-    sigma (B,) in [0, 1]; noise (B, Ni, 64). The control's tokens are seen by the model, not by the loss.
-    """
-    picture, level = batch.target.float(), sigma[:, None, None]
-    noisy = (1 - level) * picture + level * noise
-    tokens = torch.cat([noisy.to(batch.control.dtype), batch.control], dim=1)
-    velocity = transformer(tokens, batch.embeds, batch.mask, sigma, [batch.shapes] * len(tokens))[:, : noise.shape[1]]
-    return (velocity.float() - (noise - picture)).square()
-
-
-def flow_loss(transformer: nn.Module, batch: Batch, sigma: Tensor, noise: Tensor) -> Tensor:
-    """The mean of each sample's errors, (B,)."""
-    return flow_error(transformer, batch, sigma, noise).mean((1, 2))
-
-
-def sample_sigmas(count: int, how: str, shift: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """Noise levels to train at, (count,) in [0, 1]: "uniform", "logit-normal", or "shifted", uniform then shifted."""
-    if how not in TIMESTEP_SAMPLING:
-        raise ValueError(f"timestep_sampling {how!r}: expected one of {', '.join(TIMESTEP_SAMPLING)}")
-    if how == "logit-normal":
-        return torch.randn(count, generator=generator).sigmoid()
-    return time_shift(torch.rand(count, generator=generator), shift if how == "shifted" else 1.0)
 
 
 def chance_of(seed: int, *what: str | int) -> torch.Generator:
@@ -213,13 +144,12 @@ def finetune(
     folder = None if out_dir is None else Path(out_dir)
     lasting = {name: value for name, value in asdict(settings).items() if name not in MAY_CHANGE}
     lasting |= {"samples": len(dataset), "data": data, "model": model_of(pipe)}
-    with locked(folder) if folder and not rank() else nullcontext():
-        wait()  # for the first process, which has the lock
+    with locked(folder) if folder else nullcontext():
         with training(pipe.transformer, settings) as parameters:
             optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
             parts = {"weights": nn.ParameterList(parameters), "optimizer": optimizer}
             if not settings.rank and folder:
-                parts = {"shards": Shards(pipe.transformer, optimizer, folder)}
+                parts = {"shards": parallel.Shards(pipe.transformer, optimizer, folder)}
             run = Run(folder and folder / STATE, folder and folder / LOG, Row._fields, parts, lasting)
             run.resume()
             table = LevelTable(pipe.turns, settings.levels) if settings.levels else None
@@ -229,8 +159,8 @@ def finetune(
             for step in trange(run.step, steps, initial=run.step, total=steps, desc="finetune", disable=not progress):
                 samples = [dataset[i] for i in next(order)]
                 rows = accumulate_gradients(pipe, samples, settings, step, table)
-                add_up_gradients(parameters)
-                norm = entire(nn.utils.clip_grad_norm_(parameters, 1.0))
+                parallel.add_up_gradients(parameters)
+                norm = parallel.entire(nn.utils.clip_grad_norm_(parameters, 1.0))
                 check_finite(samples, rows, norm, settings.lr)
                 optimizer.param_groups[0]["lr"] = learning_rate(settings.lr, step, steps)
                 optimizer.step()
@@ -260,15 +190,17 @@ def accumulate_gradients(pipe, samples: list[Sample], settings: Settings, step: 
     noise = torch.randn(len(samples), tokens, 64, generator=chance)
     sigma = sigma if table is None else table.nearest(sigma)
     parts, losses = [slice(i, i + settings.batch_size) for i in range(0, len(samples), settings.batch_size)], {}
-    as_mean = size() if is_sharded(pipe.transformer.img_in.weight) and not settings.rank else 1  # FSDP2 divides by it
-    for index, part, counts in share(parts):
+    as_mean = (
+        parallel.size() if parallel.is_sharded(pipe.transformer.img_in.weight) and not settings.rank else 1
+    )  # FSDP2 divides by it
+    for index, part, counts in parallel.share(parts):
         batch = make_batch(samples[part], dropped[part]).to(device, pipe.dtype)
         said = {} if table is None else {"modulations": table.rows(sigma[part], device)}
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = flow_loss(partial(pipe.transformer, **said), batch, sigma[part].to(device), noise[part].to(device))
         (loss.sum() * (counts * as_mean / len(samples))).backward()  # adds up to the gradient of the whole step's mean
         losses[index] = loss.tolist()
-    found = {index: told for each in gathered(losses) for index, told in each.items()}
+    found = {index: told for each in parallel.gathered(losses) for index, told in each.items()}
     told = [loss for index in range(len(parts)) for loss in found[index]]
     return [Row(step, *pair) for pair in zip(sigma.tolist(), told, strict=True)]
 
@@ -303,8 +235,10 @@ def training(model: nn.Module, settings: Settings) -> Iterator[list[nn.Parameter
 
 def save_result(pipe: QwenImagePipeline, folder: Path, adapted: bool) -> None:
     """The adapters as diffusers loads them, or the whole transformer as it was released."""
-    state = {} if adapted else {name: entire(each).cpu() for name, each in pipe.transformer.state_dict().items()}
-    if rank():
+    state = (
+        {} if adapted else {name: parallel.entire(each).cpu() for name, each in pipe.transformer.state_dict().items()}
+    )
+    if parallel.rank():
         return
     if adapted:
         return save_lora(pipe.transformer, folder / LORA)
@@ -350,11 +284,13 @@ def command_line() -> Parser:
 def open_model(asked: argparse.Namespace, without: tuple[str, ...]) -> QwenImagePipeline:
     """The pipeline to train; among several processes the transformer's weights are shared out, unless a table
     stands in for a third of them."""
-    if size() == 1 or asked.levels:
+    if parallel.size() == 1 or asked.levels:
         return open_pipeline(asked, without, "turns" if asked.levels else "resident")
     pipe, device = open_pipeline(asked, (*without, "transformer")), choose_device(asked.device)
     dtype = getattr(torch, asked.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    pipe.transformer = load_sharded(Checkpoint(asked.model), PARTS["transformer"], "transformer", device, dtype)
+    pipe.transformer = parallel.load_sharded(
+        Checkpoint(asked.model), PARTS["transformer"], "transformer", device, dtype
+    )
     return pipe
 
 
@@ -372,7 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
     Path(asked.out).mkdir(parents=True, exist_ok=True)
     image = asked.preview_image and read_picture(asked.preview_image)
     prompt = asked.preview_prompt
-    with joined(asked.device) as asked.device:
+    with parallel.joined(asked.device) as asked.device:
         pipe = open_model(asked, () if prompt else ("text_encoder", "vae"))
         preview = prompt and picture_preview(pipe, asked.out, prompt, image)
         log = finetune(pipe, dataset, asked.out, preview=preview, progress=not asked.quiet, **keywords)

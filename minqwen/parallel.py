@@ -54,24 +54,34 @@ def joined(device: str | None = None) -> Iterator[str | None]:
         raise ValueError(f"{wanted} processes on a machine of {there} card(s): give torchrun --nproc-per-node {there}")
     if cuda:
         torch.cuda.set_device(number)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    there = store()
+    place = {"store": there, "rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group("nccl" if cuda else "gloo", **(place if there else {}))
     with ExitStack() as stack:
         if rank():
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nowhere))
             stack.enter_context(redirect_stderr(nowhere))
-        try:
-            yield f"cuda:{number}" if cuda else device
-        finally:
-            dist.destroy_process_group()
+        yield f"cuda:{number}" if cuda else device
+        dist.destroy_process_group()  # not behind an error: the others may be waiting for this one
+
+
+def store() -> dist.Store | None:
+    """What the processes of torchrun can tell each other before they are joined; None without torchrun.
+
+    Each start of all of them has a part of its own: the addresses of those before, which torchrun leaves there, would
+    be taken for new ones.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    there = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"minqwen {os.environ['TORCHELASTIC_RESTART_COUNT']}", there)
 
 
 def first_to_say() -> bool:
     """Whether an error of this process is for it to say: what ends all of them at once is said by one."""
-    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
-        return True
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return store.add(f"minqwen said {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+    there = store()
+    return there is None or there.add("said", 1) == 1
 
 
 def wait() -> None:

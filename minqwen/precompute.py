@@ -12,7 +12,6 @@ Sizes and calls are those of diffusers' QwenImageEditPipeline and QwenImageEditP
 Chapter 08. As a command: python -m minqwen.precompute --help
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -21,7 +20,6 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -307,10 +305,10 @@ def _precompute(pipe, sources: list[Source], cache_dir, area: int, progress: boo
     folder, model = Path(cache_dir), fingerprint(pipe)
     folder.mkdir(parents=True, exist_ok=True)
     files, listed, turns, computed = [], [], {}, 0
-    with nullcontext() if rank() else locked(folder):
+    with locked(folder):
         for left in [] if rank() else folder.glob(".*.part"):  # by a run that was killed
             left.unlink()
-        wait()  # of several processes the first has the lock, and writes the index
+        wait()  # for the first of several processes, which also writes the index
         for source in tqdm(sources, **bar):
             recipe = recipe_of(pipe, source, area, model)
             file = folder / f"{cache_key(recipe)}.safetensors"  # equal pictures with equal captions share it
@@ -351,20 +349,15 @@ def main(arguments: list[str] | None = None) -> None:
     """The command."""
     asked = command_line().parse_args(arguments)
     with joined(asked.device) as asked.device:
-        run(asked)
-
-
-def run(asked: argparse.Namespace) -> None:
-    """What the command does, in each of several processes."""
-    light = open_pipeline(asked, tuple(PARTS))  # the data are looked at before minutes are spent on loading a model
-    area = asked.area or light.area
-    sources = find_sources(asked.images, asked.control, area, light.edit_template)
-    light.check_pictures(len(sources[0].pictures) - 1)
-    pipe = open_pipeline(asked, ("transformer",), "auto")
-    done = _precompute(pipe, sources, asked.cache, area, not asked.quiet, asked.prune)
-    print(f"{len(done)} samples in {asked.cache}: {done.computed} computed, {done.reused} reused")
-    if others := set(Path(asked.cache).glob("*.safetensors")) - set(done.kept):
-        print(f"{len(others)} more files there belong to no sample of this run; --prune deletes them")
+        light = open_pipeline(asked, tuple(PARTS))  # the data are looked at before minutes are spent on loading a model
+        area = asked.area or light.area
+        sources = find_sources(asked.images, asked.control, area, light.edit_template)
+        light.check_pictures(len(sources[0].pictures) - 1)
+        pipe = open_pipeline(asked, ("transformer",), "auto")
+        done = _precompute(pipe, sources, asked.cache, area, not asked.quiet, asked.prune)
+        print(f"{len(done)} samples in {asked.cache}: {done.computed} computed, {done.reused} reused")
+        if others := set(Path(asked.cache).glob("*.safetensors")) - set(done.kept):
+            print(f"{len(others)} more files there belong to no sample of this run; --prune deletes them")
 
 
 if __name__ == "__main__":

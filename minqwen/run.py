@@ -15,7 +15,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from minqwen.files import open_weights, whole_file
-from minqwen.parallel import entire, rank
+from minqwen.parallel import entire, rank, wait
 
 TEXTS = ("embeds", "empty")  # of a sample's tensors; the others are latents of pictures
 
@@ -72,7 +73,7 @@ class Run:
         if self.state is None or not self.state.exists():
             return False
         for left in self.state.parent.glob(f".{self.state.name}.*.part"):  # by a save that was killed
-            left.unlink()
+            left.unlink(missing_ok=True)  # another process may have been here
         run = read_state(self.state)
         before, now = run["settings"], self.settings
         names = [name for name in before | now if before.get(name) != now.get(name)]
@@ -105,15 +106,25 @@ def read_state(path: Path) -> dict:
         raise ValueError(f"{path} is damaged, or not the state of a training run: move it away to begin anew") from None
 
 
-def locked(folder: Path):
-    """A lock on the folder, made first, which the system takes off when its process ends, however that ends."""
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A lock on the folder, made first, which the system takes off when its process ends, however that ends.
+
+    Of several processes the first takes it, for all of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
+    if not rank():
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            print(f"another run works on {folder}: waiting for it", flush=True)
+            lock.acquire()
+    wait()
     try:
-        return lock.acquire(timeout=1)
-    except Timeout:
-        print(f"another run works on {folder}: waiting for it", flush=True)
-        return lock.acquire()
+        yield
+    finally:
+        lock.release()
 
 
 def digest(parts: Iterable[str | Tensor]) -> str:

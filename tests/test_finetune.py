@@ -31,16 +31,13 @@ from minqwen.finetune import (
     Settings,
     accumulate_gradients,
     finetune,
-    flow_error,
-    flow_loss,
     main,
-    make_batch,
     picture_preview,
-    sample_sigmas,
     step_order,
     steps_from,
     training,
 )
+from minqwen.flow import flow_error, flow_loss, make_batch, sample_sigmas
 from minqwen.images import pack_latents
 from minqwen.lora import adapters, add_lora, load_lora, lora_state
 from minqwen.memory import Shell

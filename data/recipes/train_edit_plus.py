@@ -29,7 +29,7 @@ from train_transformer import (
     with_words,
 )
 
-from minqwen.finetune import Batch
+from minqwen.flow import Batch
 from minqwen.lora import add_lora, save_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS

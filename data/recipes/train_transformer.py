@@ -21,7 +21,7 @@ from tiny_models import build, load_vae
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minqwen.finetune import Batch, flow_error, sample_sigmas
+from minqwen.flow import Batch, flow_error, sample_sigmas
 from minqwen.images import pack_latents, pixels_to_image, unpack_latents
 from minqwen.prompt import EDIT, T2I, Template, TokenizedPrompts, drop_prefix, tokenize_prompts
 from minqwen.run import Run, read_state
