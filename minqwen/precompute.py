@@ -28,10 +28,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from minqwen import parallel
 from minqwen.command import Parser, model_options, number, one_line, open_pipeline
 from minqwen.files import content_of, open_weights, read_json, save_weights, whole_file, write_json
 from minqwen.images import MAX_AREA, MAX_RATIO, calculate_dimensions, load_image
-from minqwen.parallel import gathered, joined, rank, size, wait
 from minqwen.pipeline import AREA, CONDITION_AREA, PARTS, QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS, T2I
 from minqwen.run import locked
@@ -306,21 +306,21 @@ def _precompute(pipe, sources: list[Source], cache_dir, area: int, progress: boo
     folder.mkdir(parents=True, exist_ok=True)
     files, listed, turns, computed = [], [], {}, 0
     with locked(folder):
-        for left in [] if rank() else folder.glob(".*.part"):  # by a run that was killed
+        for left in [] if parallel.rank() else folder.glob(".*.part"):  # by a run that was killed
             left.unlink()
-        wait()  # for the first of several processes, which also writes the index
+        parallel.wait()  # for the first of several processes, which also writes the index
         for source in tqdm(sources, **bar):
             recipe = recipe_of(pipe, source, area, model)
             file = folder / f"{cache_key(recipe)}.safetensors"  # equal pictures with equal captions share it
-            mine = turns.setdefault(file, len(turns)) % size() == rank()
+            mine = turns.setdefault(file, len(turns)) % parallel.size() == parallel.rank()
             files.append(file)
             listed.append((source.name, file.name))
             if mine and not _is_whole(file):
                 (folder / INDEX).unlink(missing_ok=True)
                 _write_sample(file, encode_sample(pipe, source, area), recipe)
                 computed += 1
-        computed = sum(gathered(computed))
-        if rank():
+        computed = sum(parallel.gathered(computed))
+        if parallel.rank():
             return Precomputed(names, files, computed)
         write_json(folder / INDEX, {"format": FORMAT, "samples": listed})
         if prune:
@@ -348,7 +348,7 @@ def command_line() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     asked = command_line().parse_args(arguments)
-    with joined(asked.device) as asked.device:
+    with parallel.joined(asked.device) as asked.device:
         light = open_pipeline(asked, tuple(PARTS))  # the data are looked at before minutes are spent on loading a model
         area = asked.area or light.area
         sources = find_sources(asked.images, asked.control, area, light.edit_template)
