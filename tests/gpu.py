@@ -12,6 +12,7 @@ suffice for, is named, and the others go on. The last lines are a table, also as
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -259,6 +260,7 @@ def pass_of(blocks) -> list[str]:
 def shrinking(asked: argparse.Namespace, card: Card) -> dict:
     """Shrinking to 4 bits, on the host: two blocks of the transformer, and all of text encoder and autoencoder."""
     with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "whole").mkdir()
         whole = made_folder(Path(place) / "whole", asked.like, layers=2)
         start = time.perf_counter()
         shrink(whole, Path(place) / "small", bits=4, progress=False)
@@ -288,6 +290,28 @@ def training(asked: argparse.Namespace, card: Card) -> dict:
     return {"s a step": (took[1] - took[0]) / 2, "loss": log[-1].loss} | card.peak()
 
 
+def several(asked: argparse.Namespace, card: Card) -> dict:
+    """The same edit under torchrun, on all cards (an even number of them), beside one; on a CPU two processes."""
+    count = torch.cuda.device_count() // 2 * 2 if card.device.type == "cuda" else 2
+    if count < 2:
+        return {"not run": "one card"}
+    took = {}
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "model").mkdir()
+        folder = made_folder(Path(place) / "model", asked.like)
+        Image.new("RGB", (asked.side, asked.side), "teal").save(Path(place) / "given.png")
+        for processes in (1, count):
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            edit = ["-m", "minqwen.edit", f"{place}/given.png", "make it winter", "--out", f"{place}/{processes}.png"]
+            how = ["--model", str(folder), "--steps", "8", "--area", str(asked.side**2), "--guidance", "4"]
+            how += ["--device", asked.device, "--dtype", "bfloat16", "--memory", "turns"]
+            done = subprocess.run([*torchrun, *edit, *how], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr[-3000:])
+            took[processes] = float(re.search(r"steps in ([\d.]+) s", done.stdout)[1])
+    return {"processes": count, "s": took[count], "times as fast as one": took[1] / took[count]}
+
+
 PARTS_OF_IT = {
     "tests": tests,
     "forward": forward,
@@ -298,6 +322,7 @@ PARTS_OF_IT = {
     "training at 4 bits": training,
     "shrinking": shrinking,
     "resident": edits("resident"),
+    "several cards": several,
 }
 
 
