@@ -19,7 +19,6 @@ FIGURES = {
     "resident": {"s a step"},
     "training at 4 bits": {"s a step", "loss"},
     "shrinking": {"s", "GB"},
-    "several cards": {"processes", "s", "times as fast as one"},
 }
 
 

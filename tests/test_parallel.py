@@ -121,14 +121,14 @@ def test_an_edit_is_the_same_picture(name, one, many):
     assert pictures[0].shape == pictures[1].shape and abs(pictures[0] - pictures[1]).max() <= 1
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["adapters", "every weight"])
-def test_a_run_goes_on_with_another_number_of_processes(full, data, one, tmp_path):
-    how = [*STEP, "--dtype", "float32", "--rank", "0" if full else "4"]
+def test_a_run_goes_on_with_another_number_of_processes(data, one, tmp_path):
+    """Of every weight, in shards; of adapters one file is written, and read by all."""
+    how = [*STEP, "--dtype", "float32", "--rank", "0"]
     cut = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):  # one process, cut off behind its save at step 2
         stopped(data / "cache", cut, how)
     torchrun(2, "finetune", data / "cache", "--out", cut, *how)
-    (want, log), (got, theirs) = trained(one / ("full" if full else "lora"), full), trained(cut, full)
+    (want, log), (got, theirs) = trained(one / "full", True), trained(cut, True)
     assert max((got[n] - want[n]).abs().max() for n in want) <= 1e-5 and abs(log - theirs).max() <= 1e-5
 
 
@@ -145,13 +145,13 @@ def stopped(cache: Path, out: Path, how: list[str]) -> None:
 
 
 def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_save(tmp_path):
-    assert kills.killed_workers(tmp_path, count=2, seed=random.randrange(10**6)) == 2
+    """Once; make kills does it ten times."""
+    assert kills.killed_workers(tmp_path, count=1, seed=random.randrange(10**6)) == 1
 
 
 @pytest.mark.parametrize(
     ("processes", "arguments", "words"),
     [(3, ["--area", 512 * 512], "guidance's two passes need an even number of processes, these are 3"),
-     (3, ["--guidance", 1], "32 tokens cannot be shared out to 3 processes"),
      (2, ["--steps", "x"], "--steps: expected a whole number")],
 )  # fmt: skip
 def test_bad_use_is_one_sentence_of_one_process(processes, arguments, words, tmp_path):
