@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as distributed_checkpoint
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -166,20 +165,22 @@ class Shards:
         return {"model": model, "optimizer": optimizer}
 
     def state_dict(self) -> dict[str, str]:
+        from torch.distributed.checkpoint import save  # imported where it is used, as it takes a second
+
         self.last = "shards-a" if self.last == "shards-b" else "shards-b"
         if not rank():
             shutil.rmtree(self.folder / self.last, ignore_errors=True)
         wait()
-        distributed_checkpoint.save(self.state(), checkpoint_id=self.folder / self.last, no_dist=size() == 1)
+        save(self.state(), checkpoint_id=self.folder / self.last, no_dist=size() == 1)
         return {"folder": self.last}
 
     def load_state_dict(self, saved: dict[str, str]) -> None:
-        from torch.distributed.checkpoint import DefaultLoadPlanner
+        from torch.distributed.checkpoint import DefaultLoadPlanner, load
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
         self.last, state = saved["folder"], self.state()
         some = DefaultLoadPlanner(allow_partial_load=True)  # what no gradient reached has no state in the optimiser
-        distributed_checkpoint.load(state, checkpoint_id=self.folder / self.last, planner=some, no_dist=size() == 1)
+        load(state, checkpoint_id=self.folder / self.last, planner=some, no_dist=size() == 1)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 

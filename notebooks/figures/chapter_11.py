@@ -1,4 +1,4 @@
-"""Figures of chapter 11: where the bytes of the released model lie, and four ways to need less of them.
+"""Figures of chapter 11: where the bytes of the released model lie, four ways to need less of them, several cards.
 
 Sizes are counted on the shapes of the released model, times on the data sheets of some machines; what is edited is the
 scene of the lessons, by data/tiny. What depends on its weights stands in the constants.
@@ -23,8 +23,8 @@ from figures.small_model import model as pipeline
 from minqwen.doctor import Machine, released
 from minqwen.images import pack_latents
 from minqwen.memory import MODULATION, Shell, unread_layers
-from minqwen.pipeline import QwenImagePipeline, starting_noise
-from minqwen.plans import SPARE, Plan, plans
+from minqwen.pipeline import PARTS, QwenImagePipeline, starting_noise
+from minqwen.plans import PIXEL, SPARE, Plan, block_operations, plans
 from minqwen.prompt import pad_prompts
 from minqwen.sampling import denoise, get_sigmas
 from minqwen.world import KINDS, Edit, judge, sample_edit
@@ -92,7 +92,7 @@ def sigmas(steps: int = STEPS) -> Tensor:
 
 
 def apart(one: Image.Image, other: Image.Image) -> int:
-    """The largest difference of two pictures, in levels of 255."""
+    """The largest difference of two pictures, in steps of which 255 lead from black to white."""
     return int(np.abs(np.asarray(one, int) - np.asarray(other, int)).max())
 
 
@@ -149,10 +149,33 @@ def count_right(model: nn.Module) -> int:
     return sum(judge(picture, task) for picture, task in zip(pictures, tasks(), strict=True))
 
 
-def streamed_pipeline() -> QwenImagePipeline:
-    """The small model as the library streams it."""
+def opened(way: str) -> QwenImagePipeline:
+    """The small model as the library holds it: resident, turns or stream."""
     with redirect_stdout(StringIO()):  # a line that says what it needs
-        return QwenImagePipeline.from_pretrained(TINY, device="cpu", memory="stream")
+        return QwenImagePipeline.from_pretrained(TINY, device="cpu", memory=way)
+
+
+def weights_in_memory() -> None:
+    """In each way, the most bytes of weights that are there whenever a layer of an edit begins: not on the meta device.
+
+    A table, activations, and a block that is on its way do not count.
+    """
+    for way in ("resident", "turns", "stream"):
+        pipe, seen, hooks = opened(way), [], []
+        parts = {name: pipe.turns.shells[name].module if pipe.turns else getattr(pipe, name) for name in PARTS}
+
+        def look(*_, parts=parts, seen=seen) -> None:
+            there = {name: [t for t in part.state_dict().values() if not t.is_meta] for name, part in parts.items()}
+            seen.append({name: sum(t.numel() * t.itemsize for t in tensors) for name, tensors in there.items()})
+
+        for part in parts.values():
+            lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+            hooks += [layer.register_forward_pre_hook(look) for each in lists for layer in each.children()]
+        pipe.edit(given(), WISH, **settings() | {"num_inference_steps": 1})
+        for hook in hooks:
+            hook.remove()
+        whole, image = max(sum(each.values()) for each in seen), max(each["transformer"] for each in seen)
+        print(f"{way:9} {whole / 1e6:4.1f} MB, of the transformer {image / 1e6:4.1f} MB")
 
 
 def with_adapter(model: nn.Module) -> nn.Module:
@@ -166,7 +189,7 @@ def with_adapter(model: nn.Module) -> nn.Module:
     return adapted
 
 
-def part(*without: str) -> QwenImagePipeline:
+def opened_without(*without: str) -> QwenImagePipeline:
     """The small model, opened anew without some of its parts."""
     return QwenImagePipeline.from_pretrained(TINY, device="cpu", without=without, memory="resident")
 
@@ -181,6 +204,12 @@ def shells(bits: int) -> dict[str, Shell]:
 def ways(bits: int, area: int = AREA) -> dict[str, Plan]:
     """Resident, turns, stream: what each needs for an edit of so many pixels."""
     return {plan.way: plan for plan in plans(shells(bits), area)}
+
+
+def operations(side: int) -> float:
+    """Of a guided step, an edit of so many pixels a side; the text encoder makes a token of 28 by 28 of them."""
+    image, text = 2 * side**2 // 256, 64 + round(side / 28) ** 2
+    return 2 * 60 * block_operations(3072, image, text)
 
 
 def bytes_of(shell: Shell, wanted: Callable[[str], bool]) -> int:
@@ -221,45 +250,53 @@ def bare(axes) -> None:
 def where_the_bytes_lie() -> None:
     """The released model in gigabytes, beside what machines have."""
     image, text, vae = (shells(16)[name] for name in ("transformer", "text_encoder", "vae"))
-    head = text.size("model.embed_tokens.weight")  # the output head, as large, which is in the files and never used
+    table = text.size("model.embed_tokens.weight")  # the last matrix, as large, is in the files and never used
     parts = [
         ("modulation", bytes_of(image, lambda n: MODULATION in n), RED),
         ("attention", bytes_of(image, lambda n: ".attn." in n), BLUE),
         ("MLPs", bytes_of(image, lambda n: "_mlp." in n), "#6f9fd0"),
         ("", bytes_of(image, lambda n: "transformer_blocks" not in n), GREY),
         ("language model", bytes_of(text, lambda n: "model.layers" in n or n == "model.norm.weight"), GREEN),
-        ("its words", bytes_of(text, lambda n: "embed_tokens" in n) + head, "#8fc49a"),
-        ("eyes", bytes_of(text, lambda n: n.startswith("visual")), "#2f6b3a"),
+        ("words", table, "#8fc49a"),
+        ("looks at\npictures", bytes_of(text, lambda n: n.startswith("visual")), "#2f6b3a"),
+        ("not\nloaded", table, "white"),
         ("", bytes_of(vae, lambda n: True), ORANGE),
     ]
-    figure, axis = plt.subplots(figsize=(9.4, 3.5))
+    places = {"words": 50.5, "looks at\npictures": 54.3, "not\nloaded": 58.5}
+    figure, axis = plt.subplots(figsize=(9.4, 4))
     left = 0.0
     for name, size, colour in parts:
-        axis.barh(0, size / 1e9, left=left, color=colour, height=0.7, edgecolor="white", lw=0.8)
+        axis.barh(0, size / 1e9, left=left, color=colour, height=0.7, edgecolor=GREY if colour == "white" else "white",
+                  lw=0.8, hatch="////" if colour == "white" else "")  # fmt: skip
         if size > 5e9:
             axis.text(left + size / 2e9, 0, f"{name}\n{size / 1e9:.1f}", ha="center", va="center", color="white",
                       fontsize=9)  # fmt: skip
         elif name:
-            axis.annotate(f"{name}\n{size / 1e9:.1f}", (left + size / 2e9, 0.35), (53 if "words" in name else 58, 0.75),
-                          ha="center", va="top", fontsize=8, arrowprops={"arrowstyle": "-", "color": GREY})  # fmt: skip
+            axis.annotate(f"{name}\n{size / 1e9:.1f}", (left + size / 2e9, 0.35), (places[name], 0.75), ha="center",
+                          va="top", fontsize=8, arrowprops={"arrowstyle": "-", "color": GREY})  # fmt: skip
         left += size / 1e9
-    whole = {"transformer": sum(p[1] for p in parts[:4]), "text encoder": sum(p[1] for p in parts[4:7])}
+    whole = {"transformer": sum(p[1] for p in parts[:4]), "text encoder": sum(p[1] for p in parts[4:8])}
     start = 0.0
     for name, size in whole.items():
         axis.plot([start + 0.1, start + size / 1e9 - 0.1], [-0.5, -0.5], color="black", lw=1)
         label = f"{name}, {size / 1e9:.1f} GB"
         axis.text(start + size / 2e9, -0.58, label, ha="center", va="bottom", fontsize=9)
         start += size / 1e9
-    axis.text(left + 0.3, 0, "autoencoder\n0.25", va="center", fontsize=8)
+    axis.text(left + 0.3, 0, f"autoencoder\n{parts[-1][1] / 1e9:.1f}", va="center", fontsize=8)
     rows = [("a laptop", 16e9, LIGHT["grey"]), ("a small graphics card", 8e9, LIGHT["grey"]),
-            ("4 bits, by turns", ways(4)["turns"].peak, ORANGE),
-            ("2 bytes a weight, streamed", ways(16)["stream"].peak, ORANGE)]  # fmt: skip
+            ("as released", ways(16)["resident"].peak, RED), ("4 bits, by turns", ways(4)["turns"].peak, ORANGE),
+            ("4 bits, streamed", ways(4)["stream"].peak, ORANGE)]  # fmt: skip
     for y, (name, size, colour) in enumerate(rows, 1):
-        axis.barh(0.55 + y * 0.8, size / 1e9, color=colour, height=0.55, edgecolor=GREY, lw=0.6)
-        axis.text(size / 1e9 + 0.5, 0.55 + y * 0.8, f"{name}: {size / 1e9:.3g} GB", va="center", fontsize=9)
-    axis.text(41.5, 0.55 + 1.5 * 0.8, "what machines have", va="center", fontsize=9, style="italic", color=GREY)
-    axis.text(41.5, 0.55 + 3.5 * 0.8, "what this chapter needs", va="center", fontsize=9, style="italic", color=ORANGE)
-    axis.set(xlim=(0, 64), ylim=(4.2, -0.95), xlabel="GB", yticks=[],
+        y = 0.65 + y * 0.8 + (0.5 if y > 2 else 0)
+        axis.barh(y, size / 1e9, color=colour, height=0.55, edgecolor=GREY, lw=0.6)
+        told, wide = f"{name}: {size / 1e9:.1f} GB".replace(".0 GB", " GB"), size > 40e9
+        axis.text(
+            0.5 if wide else size / 1e9 + 0.5, y, told, va="center", fontsize=9, color="white" if wide else "black"
+        )
+    axis.text(35, 0.65 + 1.5 * 0.8, "memory of machines", va="center", fontsize=9, style="italic", color=GREY)
+    axis.text(35, 0.65 + 4.5 * 0.8 + 0.5, "peak of an edit, 1024×1024 pixels", va="center", fontsize=9, style="italic",
+              color=ORANGE)  # fmt: skip
+    axis.set(xlim=(0, 64), ylim=(5.7, -0.95), xlabel="GB", yticks=[],
              title=f"the released model, {left:.1f} GB, to scale")  # fmt: skip
     axis.spines["left"].set_visible(False)
     plt.show()
@@ -343,7 +380,7 @@ def rounding(weights: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, bits
     plt.show()
 
 
-def line_through(weights: Tensor, covering: Callable, fit: Callable, bits: int = 3) -> None:
+def line_through(weights: Tensor, covering: Callable, fit: Callable, bits: int = 2) -> None:
     """The codes of weights, and the line that says which number a code stands for; and both ways on many groups."""
     figure, axes = plt.subplots(1, 3, figsize=(9.4, 3.1))
     codes, ways = np.arange(2**bits), {"range covered": (covering, GREY), "fitted": (fit, ORANGE)}
@@ -351,7 +388,7 @@ def line_through(weights: Tensor, covering: Callable, fit: Callable, bits: int =
 
     def error(way: Callable, weights: Tensor, bits: int) -> tuple[float, Tensor]:
         scale, offset = way(weights, bits)
-        q = ((weights - offset) / scale).round().clamp(0, 2**bits - 1)
+        q = ((weights - offset) / scale.clamp(min=1e-30)).round().clamp(0, 2**bits - 1)
         return relative(offset + scale * q, weights), q
 
     for k, (axis, name) in enumerate(zip(axes, ways, strict=False)):
@@ -360,7 +397,8 @@ def line_through(weights: Tensor, covering: Callable, fit: Callable, bits: int =
         off, q = error(way, weights, bits)
         axis.plot(codes, offset.item() + scale.item() * codes, color=colour, lw=2)
         axis.plot(q, weights, "o", color=BLUE, ms=4, alpha=0.7)
-        axis.set(xlabel="code", title=f"{name}: off by {off:.1%}", ylim=(1.2 * weights.min(), 1.2 * weights.max()))
+        axis.set(xlabel="code", title=f"{name}: off by {off:.1%}", xticks=codes)
+        axis.set_ylim(1.2 * weights.min(), 1.2 * weights.max())
         values = [100 * error(way, many, few)[0] for few in (4, 3, 2)]
         bars = axes[2].bar(np.arange(3) + 0.4 * k - 0.2, values, 0.38, color=colour, label=name)
         axes[2].bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
@@ -394,7 +432,7 @@ def edits_at(models: dict[int, nn.Module]) -> None:
     titles = ["given\n\n", f"as it is\n\n{count_right(whole)} of {COUNT} right"]
     for bits, model in models.items():
         told = f"velocity off by {velocity_error(model):.1%}\n"
-        told += f"{count_right(model)} of {COUNT} right" if bits < 8 else ""
+        told += f"{count_right(model)} of {COUNT} right"
         titles.append(f"{bits} bits\n{told}")
     for axis, picture, title in zip(axes, pictures, titles, strict=True):
         axis.imshow(picture)
@@ -404,29 +442,27 @@ def edits_at(models: dict[int, nn.Module]) -> None:
 
 
 def memory_over_time() -> None:
-    """Bytes of weights that are there from the first word to the finished picture, in three ways."""
-    phases = ["read the words,\nencode the picture", "make\nthe table", "the steps", "decode"]
-    edges = np.array([0, 1.3, 2.1, 4.6, 5.4])
+    """What is in memory from the first word to the finished picture, in three ways: weights, activations, table."""
+    phases = ["read the words,\nencode the picture", "the steps", "decode"]
+    edges = np.array([0, 1.3, 4, 5.1])
     figure, axis = plt.subplots(figsize=(9.4, 3.3))
-    for bits, colour, y in ((16, BLUE, 1.2), (4, ORANGE, 1.2)):
-        of = shells(bits)
-        others = sum(of["text_encoder"].size(n) for n in of["text_encoder"].stored)
-        vae = sum(of["vae"].size(n) for n in of["vae"].stored)
-        steps = without_table(bits)
-        values = np.array([others + vae, steps, steps, vae]) / 1e9
+    drawing = 2 * PIXEL * AREA  # the autoencoder's activations
+    for bits, colour in ((16, BLUE), (4, ORANGE)):
+        text, vae = (bytes_of(shells(bits)[name], lambda name: True) for name in ("text_encoder", "vae"))
+        values = np.array([text + vae + drawing, ways(bits)["turns"].peak, vae + drawing]) / 1e9
         axis.stairs(values, edges, color=colour, lw=2.2, label=f"by turns, {BITS[bits]}")
-        for k in (0, 2):
+        for k in range(2 if bits == 16 else 3):
             middle = (edges[k] + edges[k + 1]) / 2
-            axis.text(middle, values[k] + y, f"{values[k]:.1f} GB", ha="center", fontsize=9, color=colour)
-    resident = sum(sum(map(shell.size, shell.stored)) for shell in shells(16).values()) / 1e9
+            axis.text(middle, values[k] + 1.2, f"{values[k]:.1f} GB", ha="center", fontsize=9, color=colour)
+    resident = ways(16)["resident"].peak / 1e9
     axis.stairs([resident], [0, edges[-1]], color=GREY, lw=2.2, label="all at once, as released")
-    axis.text(3.35, resident - 3.6, f"{resident:.1f} GB", ha="center", fontsize=9, color=GREY)
-    axis.axhline(16, color=RED, ls="--", lw=1)
-    axis.text(5.38, 17, "a laptop's 16 GB", ha="right", fontsize=9, color=RED)
-    for k in range(1, 4):
+    axis.text(2.65, resident - 4, f"{resident:.1f} GB", ha="center", fontsize=9, color=GREY)
+    axis.axhline(16, color=RED, ls="--", lw=1, zorder=0)
+    axis.text(edges[-1] - 0.03, 17, "a laptop's 16 GB", ha="right", fontsize=9, color=RED)
+    for k in range(1, 3):
         axis.axvline(edges[k], color=GREY, lw=0.5, ls=":")
-    axis.set(xticks=(edges[1:] + edges[:-1]) / 2, ylabel="GB of weights", ylim=(0, 68), xlim=(0, edges[-1]),
-             title="weights in memory during an edit (widths are not to scale)")  # fmt: skip
+    axis.set(xticks=(edges[1:] + edges[:-1]) / 2, ylabel="GB", ylim=(0, 72), xlim=(0, edges[-1]),
+             title="memory during an edit of 1024×1024 pixels (widths are not to scale)")  # fmt: skip
     axis.set_xticklabels(phases, fontsize=9)
     axis.legend(loc="upper center", ncols=3)
     plt.show()
@@ -454,16 +490,16 @@ def bus_and_arithmetic() -> None:
     """Seconds a step for the arithmetic and for the blocks' way over the bus, by the side of the picture."""
     figure, axes = plt.subplots(1, len(MACHINES), figsize=(9.4, 2.9))
     for axis, machine in zip(axes, MACHINES, strict=True):
-        found = [ways(16, int(side) ** 2)["stream"] for side in SIDES]
-        arithmetic = np.array([plan.operations / machine.rate for plan in found])
-        bus = np.array([plan.fetched / machine.link for plan in found])
+        arithmetic = np.array([operations(int(side)) / machine.rate for side in SIDES])
+        bus = np.full(len(SIDES), ways(16)["stream"].fetched / machine.link)
         axis.plot(SIDES, arithmetic, color=BLUE, lw=2, label="arithmetic")
         axis.plot(SIDES, bus, color=ORANGE, lw=2, label="blocks over the bus")
-        axis.fill_between(SIDES, arithmetic, bus, where=bus > arithmetic, color=ORANGE, alpha=0.25)
+        axis.fill_between(SIDES, arithmetic, bus, where=bus > arithmetic, color=ORANGE, alpha=0.25,
+                          label="waits for the bus")  # fmt: skip
         axis.axvline(1024, color=GREY, lw=0.8, ls=":")
         axis.set(title=machine.name, xlabel="side of the picture, pixels", ylim=(0, None), xticks=(512, 1024, 1536))
-    axes[0].set_ylabel("seconds a step")
-    axes[0].legend(loc="upper left")
+    axes[0].set_ylabel("seconds a guided step")
+    axes[0].legend(loc="upper left", fontsize=8)
     plt.show()
 
 
@@ -481,7 +517,8 @@ def what_fits() -> None:
         y += 0.5
     for size in (8, 16, 24, 80):
         axis.axvline(SPARE * size, color=RED, lw=1, ls="--", zorder=0)
-        axis.text(SPARE * size, -1.05, f"{size} GB", ha="center", fontsize=9, color=RED)
+        told = f"{SPARE:.0%} of\n{size} GB" if size < 10 else f"of\n{size} GB"
+        axis.text(SPARE * size, -0.75, told, ha="center", fontsize=9, color=RED)
     axis.set(
         yticks=list(ticks), ylim=(y - 0.4, -0.7), xlim=(0, 80), xlabel="GB at the peak, an edit of 1024×1024 pixels"
     )
@@ -495,7 +532,7 @@ def old_table(models: dict[str, nn.Module]) -> None:
     pictures = [edit(model) for model in models.values()]
     for axis, name, picture in zip(axes, models, pictures, strict=True):
         axis.imshow(picture)
-        told = f"{apart(picture, pictures[0])} levels from the first" if picture is not pictures[0] else ""
+        told = f"up to {apart(picture, pictures[0])} of 255 from the first" if picture is not pictures[0] else ""
         axis.set_title(f"{name}\n{told}", fontsize=9.5)
     bare(axes)
     plt.show()
