@@ -14,6 +14,7 @@ Tests: tests/test_parallel.py. Chapter 11.
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from math import ceil, prod
@@ -116,6 +117,7 @@ def load_sharded(checkpoint: Checkpoint, module_class: type[nn.Module], componen
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, Shard
 
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing is changed in place here
     module, stored = checkpoint.skeleton(module_class, component)
     mesh = dist.init_device_mesh(torch.device(device).type, (size(),))
     for part in (*module.transformer_blocks, module.to(dtype)):
@@ -156,6 +158,7 @@ class Shards:
     process its own part; any number of processes goes on from there."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path):
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is no mistake
         self.model, self.optimizer, self.folder, self.last = model, optimizer, folder, "shards-b"
 
     def state(self) -> dict:

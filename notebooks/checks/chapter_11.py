@@ -3,6 +3,7 @@
 import copy
 import random
 import threading
+import time
 from functools import cache
 
 import torch
@@ -15,6 +16,7 @@ from minqwen.quantize import GROUP, QuantizedLinear, quantize, quantize_blocks
 from minqwen.transformer import QwenImageTransformer2DModel
 
 WAIT = 2.0  # seconds that a check waits for a block which should be on its way
+MOMENT = 0.03  # and for one which should not
 
 
 @cache
@@ -165,34 +167,46 @@ def unpacked(answer):
 
 @exercise("11.4")
 def walk(answer):
-    """walk(fetch, count): in order, two at most, the next on its way while one is used."""
-    for count in (random.randint(3, 7), 2, 1):
-        begun, used, beyond, most = [threading.Event() for _ in range(count)], [], [], 0
+    """walk(fetch, count, places): in order, one fetched at a time, as many ahead as there are places, and no more."""
+    for count, places in ((random.randint(5, 7), 3), (4, 2), (3, 1), (2, 4), (1, 2), (5, random.randint(2, 4))):
+        begun, used, faults = [threading.Event() for _ in range(count)], 0, []
+        bus = threading.Lock()
 
-        def fetch(k, begun=begun, beyond=beyond, count=count):
+        def fetch(k, begun=begun, faults=faults, bus=bus, count=count):
             if not 0 <= k < count:
-                beyond.append(k)
-                raise Wrong(_beyond(k, count))
+                faults.append(_beyond(k, count))
+                raise Wrong(faults[-1])
+            if not bus.acquire(blocking=False):
+                faults.append("two blocks are fetched at once, and there is one bus: one worker is enough")
+                raise Wrong(faults[-1])
             begun[k].set()
+            time.sleep(MOMENT / 10)
+            bus.release()
             return f"block {k}"
 
-        steps = ask(answer, fetch, count)
+        where = f"{count} blocks, {places} place{'s' * (places > 1)}"
+        steps = ask(answer, fetch, count, places)
         if not hasattr(steps, "__next__") and not hasattr(steps, "__iter__"):
             raise Wrong(f"expected something to walk through, got {type(steps).__name__}: use yield")
         for k, block in enumerate(_each(steps)):
+            if faults:
+                raise Wrong(faults[0])
             if block != f"block {k}":
                 held = "it is still on its way: ask for its .result()" if hasattr(block, "result") else ""
                 raise Wrong(f"step {k} of {count} gives {block!r}; expected what fetch({k}) returned. {held}".strip())
-            if k + 1 < count and not begun[k + 1].wait(WAIT):
-                raise Wrong(f"while block {k} is used, block {k + 1} is not on its way: ask for it before the yield")
-            most = max(most, sum(each.is_set() for each in begun) - k)
-            if most > 2:
-                raise Wrong(f"{most} blocks are there or on their way while block {k} is used: two places are enough")
-            used.append(k)
-        if len(used) != count:
-            raise Wrong(f"{len(used)} of {count} blocks came")
-        if beyond:
-            raise Wrong(_beyond(beyond[0], count))
+            last, beyond = min(k + places, count) - 1, k + places
+            for ahead in range(k + 1, last + 1):
+                if not begun[ahead].wait(WAIT):
+                    told = "ask for it before the yield" if ahead == k + 1 else f"there are {places} places"
+                    raise Wrong(f"while block {k} is used, block {ahead} is not on its way: {told} ({where})")
+            if beyond < count and begun[beyond].wait(MOMENT):
+                most = sum(each.is_set() for each in begun) - k
+                raise Wrong(f"{most} blocks are there or on their way while block {k} is used, too many ({where})")
+            used += 1
+        if faults:
+            raise Wrong(faults[0])
+        if used != count:
+            raise Wrong(f"{used} of {count} blocks came")
 
 
 def _beyond(k: int, count: int) -> str:

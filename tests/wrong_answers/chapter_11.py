@@ -57,44 +57,47 @@ def numbers(order=lambda low, high: torch.cat([low, high]), offsets=True, own=Tr
     return answer
 
 
-def one_after_the_other(fetch, count):
+def one_after_the_other(fetch, count, places):
     for k in range(count):
         yield fetch(k)
 
 
-def all_at_once(fetch, count):
+def all_at_once(fetch, count, places):
     yield from [fetch(k) for k in range(count)]
 
 
-def one_too_many(fetch, count):
+def one_too_many(fetch, count, places):
     ahead = fetch(0)
     for k in range(count):
         block, ahead = ahead, fetch(k + 1)
         yield block
 
 
-def one_too_few(fetch, count):
-    ahead = fetch(0)
-    for k in range(1, count):
-        block, ahead = ahead, fetch(k)
-        yield block
+def one_too_few(fetch, count, places):
+    steps = sent_for()(fetch, count, places)
+    for _ in range(count - 1):
+        yield next(steps)
 
 
-def next_one(fetch, count):
+def next_one(fetch, count, places):
     for k in range(count):
         yield fetch((k + 1) % count)
 
 
-def on_its_way(fetch, count):
-    from concurrent.futures import ThreadPoolExecutor
+def sent_for(ahead_of=lambda places: places, workers=1, wait=True):
+    def walk(fetch, count, places):
+        from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(1) as beside:
-        ahead = beside.submit(fetch, 0)
-        for k in range(count):
-            block = ahead
-            if k + 1 < count:
-                ahead = beside.submit(fetch, k + 1)
-            yield block
+        with ThreadPoolExecutor(workers) as beside:
+            ahead, sent = [], 0
+            for k in range(count):
+                while sent < min(k + ahead_of(places), count):
+                    ahead.append(beside.submit(fetch, sent))
+                    sent += 1
+                block = ahead.pop(0)
+                yield block.result() if wait else block
+
+    return walk
 
 
 def error_of(change=True, all_of_them=False, keep=False, times=1, few=None, largest=False):
@@ -152,12 +155,15 @@ WRONG = {
         ("the offset is not scaled", numbers(inside=True)),
     ],
     "walk": [
-        ("is not on its way", one_after_the_other),
-        ("two places are enough", all_at_once),
+        ("is not on its way: ask", one_after_the_other),
+        ("there are 3 places", sent_for(lambda places: 2)),
+        ("too many", sent_for(lambda places: places + 1)),
+        ("too many", all_at_once),
+        ("fetched at once", sent_for(workers=2)),
         ("was asked for, and there are", one_too_many),
         ("blocks came", one_too_few),
         ("expected what fetch(0) returned", next_one),
-        ("ask for its .result()", on_its_way),
+        ("ask for its .result()", sent_for(wait=False)),
     ],
     "cause": [
         ("expected two", ("A",)),
