@@ -180,7 +180,7 @@ def walk(answer):
                 faults.append("two blocks are fetched at once, and there is one bus: one worker is enough")
                 raise Wrong(faults[-1])
             begun[k].set()
-            time.sleep(MOMENT / 10)
+            time.sleep(MOMENT / 3)
             bus.release()
             return f"block {k}"
 
@@ -197,6 +197,8 @@ def walk(answer):
             last, beyond = min(k + places, count) - 1, k + places
             for ahead in range(k + 1, last + 1):
                 if not begun[ahead].wait(WAIT):
+                    if faults:
+                        raise Wrong(faults[0])
                     told = "ask for it before the yield" if ahead == k + 1 else f"there are {places} places"
                     raise Wrong(f"while block {k} is used, block {ahead} is not on its way: {told} ({where})")
             if beyond < count and begun[beyond].wait(MOMENT):

@@ -66,13 +66,6 @@ def all_at_once(fetch, count, places):
     yield from [fetch(k) for k in range(count)]
 
 
-def one_too_many(fetch, count, places):
-    ahead = fetch(0)
-    for k in range(count):
-        block, ahead = ahead, fetch(k + 1)
-        yield block
-
-
 def one_too_few(fetch, count, places):
     steps = sent_for()(fetch, count, places)
     for _ in range(count - 1):
@@ -84,14 +77,14 @@ def next_one(fetch, count, places):
         yield fetch((k + 1) % count)
 
 
-def sent_for(ahead_of=lambda places: places, workers=1, wait=True):
+def sent_for(ahead_of=lambda places: places, workers=1, wait=True, beyond=0):
     def walk(fetch, count, places):
         from concurrent.futures import ThreadPoolExecutor
 
         with ThreadPoolExecutor(workers) as beside:
             ahead, sent = [], 0
             for k in range(count):
-                while sent < min(k + ahead_of(places), count):
+                while sent < min(k + ahead_of(places), count + beyond):
                     ahead.append(beside.submit(fetch, sent))
                     sent += 1
                 block = ahead.pop(0)
@@ -160,7 +153,7 @@ WRONG = {
         ("too many", sent_for(lambda places: places + 1)),
         ("too many", all_at_once),
         ("fetched at once", sent_for(workers=2)),
-        ("was asked for, and there are", one_too_many),
+        ("was asked for, and there are", sent_for(beyond=1)),
         ("blocks came", one_too_few),
         ("expected what fetch(0) returned", next_one),
         ("ask for its .result()", sent_for(wait=False)),
