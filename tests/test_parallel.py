@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from minqwen import edit, finetune, precompute
 from minqwen.parallel import joined, rank, share, size
+from minqwen.shrink import shrink
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY, SET = ROOT / "data" / "tiny", ROOT / "data" / "finetune"
@@ -33,13 +34,14 @@ def torchrun(processes: int, module: str, *arguments: str, fails: bool = False) 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Seven samples, and the cache that one process makes of them."""
+    """Seven samples, the cache that one process makes of them, and the checkpoint at 4 bits."""
     place = tmp_path_factory.mktemp("data")
     for name in ("images", "control"):
         (place / name).mkdir()
         for path in sorted((SET / name).iterdir())[: 14 if name == "images" else 7]:  # with captions beside
             shutil.copy(path, place / name)
     precompute.main([*sources(place), "--cache", str(place / "cache"), "--quiet", *MODEL])
+    shrink(TINY, place / "small", bits=4, progress=False)
     return place
 
 
@@ -62,6 +64,7 @@ def all_of_it(data: Path, out: Path) -> list[tuple[str, list[str]]]:
     tune = [str(data / "cache"), *STEP, "--dtype", "float32"]
     jobs = [("precompute", [*sources(data), "--cache", str(out / "cache"), "--quiet", *MODEL])]
     jobs += [("finetune", [*tune, "--out", str(out / name), "--rank", r]) for name, r in (("lora", "4"), ("full", "0"))]
+    jobs += [("finetune", [*tune, "--out", str(out / "bits"), "--rank", "4", "--model", str(data / "small")])]
     picture = str(ROOT / "data/pictures/scene.png")
     return jobs + [("edit", [picture, *EDIT, *how, "--out", str(out / f"{name}.png")]) for name, how in EDITS.items()]
 
@@ -95,7 +98,7 @@ def many(request, data, tmp_path_factory) -> Path:
     ran = subprocess.run(command, capture_output=True, text=True, env=kills.alone(), timeout=300)
     assert not ran.returncode, ran.stderr[-3000:]
     lines = [line for line in ran.stdout.splitlines() if not line.startswith("memory: ")]
-    assert len(lines) == 5 and "7 computed, 0 reused" in lines[0], lines  # one of the processes speaks
+    assert len(lines) == 6 and "7 computed, 0 reused" in lines[0], lines  # one of the processes speaks
     return place
 
 
@@ -107,7 +110,7 @@ def test_precompute_writes_the_same_bytes(one, many):
     assert len(files[0]) == 8 and files[0] == files[1]
 
 
-@pytest.mark.parametrize("name", ["lora", "full"])
+@pytest.mark.parametrize("name", ["lora", "full", "bits"])
 def test_finetune_ends_in_the_same_weights(name, one, many):
     (want, log), (got, theirs) = (trained(place / name, name == "full") for place in (one, many))
     assert got.keys() == want.keys() and max((got[n] - want[n]).abs().max() for n in want) <= 1e-5

@@ -2,8 +2,8 @@
 
     python tests/tiers.py FOLDER [--only 03 --layers 2]
 
-The folder is made once: the released geometry with made numbers, from a hub on this machine, with the first blocks of
-each part only, and of 128x128 pixels in place of 1024x1024, so that a CPU gets through it. The last lines are a table,
+The folder is made once: the released geometry with made numbers, from a hub on this machine, with the first block of
+each part only, and of 64x64 pixels in place of 1024x1024, so that a CPU gets through it. The last lines are a table,
 for tests/README.md.
 """
 
@@ -21,7 +21,7 @@ from situations import failure, kernel
 from tables import ROOT, machine, put
 from tqdm import tqdm
 
-AREA = 128 * 128  # pixels of an edit
+AREA = 64 * 64  # pixels of an edit
 
 
 def make(folder: Path, layers: int) -> None:
@@ -49,7 +49,7 @@ def run(notebook: Path, folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="takes some 5 GB")
-    parser.add_argument("--layers", type=int, default=2, help="blocks in each part")
+    parser.add_argument("--layers", type=int, default=1, help="blocks in each part")
     parser.add_argument("--only", default="", help="notebooks whose names begin so")
     parser.add_argument("--write", action="store_true", help="put the table into tests/README.md")
     asked = parser.parse_args()
