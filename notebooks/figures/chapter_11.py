@@ -174,8 +174,9 @@ def weights_in_memory() -> None:
         pipe.edit(given(), WISH, **settings() | {"num_inference_steps": 1})
         for hook in hooks:
             hook.remove()
-        whole, image = max(sum(each.values()) for each in seen), max(each["transformer"] for each in seen)
-        print(f"{way:9} {whole / 1e6:4.1f} MB, of the transformer {image / 1e6:4.1f} MB")
+        most = {name: max(each[name] for each in seen) / 1e6 for name in ("transformer", "vae")}
+        told = f"transformer {most['transformer']:4.1f}, autoencoder {most['vae']:.1f}"
+        print(f"{way:9} {max(sum(each.values()) for each in seen) / 1e6:4.1f} MB at the most; {told}")
 
 
 def with_adapter(model: nn.Module) -> nn.Module:
@@ -535,4 +536,45 @@ def old_table(models: dict[str, nn.Module]) -> None:
         told = f"up to {apart(picture, pictures[0])} of 255 from the first" if picture is not pictures[0] else ""
         axis.set_title(f"{name}\n{told}", fontsize=9.5)
     bare(axes)
+    plt.show()
+
+
+def several_cards(block: int, keys: int, result: int) -> None:
+    """Four cards: who holds and who borrows what in training, and what moves in an edit; sizes are in bytes."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 4.4), width_ratios=(1, 1.15))
+    colours, cards, blocks, now = (BLUE, GREEN, ORANGE, RED), 4, 5, 2
+    for card in range(cards):
+        left.text(card + 0.45, -0.35, f"card {card}", ha="center", fontsize=9, color=colours[card])
+        for row in range(blocks):
+            for part, colour in enumerate(colours):
+                own, borrowed = part == card, row == now
+                left.add_patch(plt.Rectangle((card + part * 0.225, row), 0.225, 0.72, edgecolor=GREY, lw=0.6,
+                                             facecolor=colour if own or borrowed else "white",
+                                             alpha=0.4 if borrowed and not own else 1))  # fmt: skip
+    for row in range(blocks):
+        told = f"block {row}\nat work" if row == now else f"block {row}"
+        left.text(-0.1, row + 0.36, told, ha="right", va="center", fontsize=8.5)
+    told = "dark: a quarter of every matrix, always there\npale: borrowed while the block works\n"
+    told += f"{block / 1e9:.2f} GB a block, "
+    left.text(
+        1.95, blocks + 0.55, told + f"{block * 3 / 4 / 1e9:.2f} of them come", ha="center", va="center", fontsize=9
+    )
+    left.set(xlim=(-0.75, 4), ylim=(blocks + 1.2, -1.3), title="training: matrices move")
+    for half, words in enumerate(("the prompt", "the empty prompt")):
+        y = 2.6 * half
+        right.add_patch(plt.Rectangle((-0.2, y - 0.55), 4.9, 1.75, facecolor=LIGHT["grey"], edgecolor="none"))
+        right.text(2.25, y - 0.3, f"the pass with {words}", ha="center", va="center", fontsize=9)
+        for k in range(2):
+            card, x = 2 * half + k, 3 * k
+            right.add_patch(plt.Rectangle((x, y), 1.5, 1, facecolor=colours[card], edgecolor="none"))
+            told = f"card {card}\n{'first' if k == 0 else 'second'} half of\nthe picture"
+            right.text(x + 0.75, y + 0.5, told, ha="center", va="center", color="white", fontsize=8.5)
+        right.annotate("", (2.95, y + 0.45), (1.55, y + 0.45), arrowprops={"arrowstyle": "<->", "lw": 1.5})
+        right.text(2.25, y + 0.36, "keys, values", ha="center", va="bottom", fontsize=8.5)
+        right.text(2.25, y + 0.54, f"{keys / 1e6:.0f} MB\neach way,\neach block", ha="center", va="top", fontsize=8)
+    right.annotate("", (2.25, 2.0), (2.25, 1.25), arrowprops={"arrowstyle": "<->", "lw": 1.5})
+    told = f"results of the passes, {result / 1e6:.1f} MB each, once a step"
+    right.text(2.4, 1.62, told, va="center", ha="left", fontsize=8.5)
+    right.set(xlim=(-0.3, 5.4), ylim=(4.2, -0.9), title="an edit: tokens move")
+    bare((left, right))
     plt.show()
