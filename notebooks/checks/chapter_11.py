@@ -114,11 +114,14 @@ def quantized(answer):
         across = _group(back, size, bits)
         if back is not weights and scale.shape == across[1].shape and torch.allclose(scale, across[1]):
             raise Wrong(f"the groups go along the inputs of one output, so along a row ({where})")
-        near = 1e-5
-        half = ((codes - want[0]).abs() == 1) & (((weights - want[2].repeat_interleave(size, 1)) /
-                want[1].repeat_interleave(size, 1).clamp(min=1e-30)).frac() - 0.5).abs().lt(1e-3)  # fmt: skip
-        codes = torch.where(half, want[0], codes)  # in the middle of two values either is nearest
-        expect((codes, scale, offset), want, wrong, near, where)
+        place = (weights - want[2].repeat_interleave(size, 1)) / want[1].repeat_interleave(size, 1).clamp(min=1e-30)
+        either = (place.frac() - 0.5).abs() < 1e-3  # in the middle of two values either is nearest
+
+        def settled(codes, want=want, either=either):
+            return torch.where(either & ((codes - want[0]).abs() == 1), want[0], codes)
+
+        wrong = {told: (settled(theirs[0]), *theirs[1:]) for told, theirs in wrong.items()}
+        expect((settled(codes), scale, offset), want, wrong, 1e-5, where)
 
 
 # ---------------------------------------------------------------------------------------------------- 11.3
