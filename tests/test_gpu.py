@@ -1,6 +1,7 @@
 """gpu.py waits for a card; on a CPU it does its work at the tiny checkpoint's sizes, and says what missed its mark."""
 
 import json
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def test_each_part_works_on_a_cpu_at_a_small_size(part, tmp_path):
     asked = Namespace(device="cpu", like=tmp_path, side=64, backend="eager")
     found = PARTS_OF_IT[part](asked, Card("cpu"))
     assert FIGURES[part] <= found.keys()
-    assert all(value == value and value >= 0 for value in found.values()), found
+    assert all(math.isfinite(value) for value in found.values()), found  # so small, one run may be quicker than two
     if part == "forward":
         assert found["largest difference, share of the largest number"] < 0.05
     json.dumps(found, allow_nan=False)
