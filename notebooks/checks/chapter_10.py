@@ -58,7 +58,7 @@ def training_pair(answer):
             "nothing is scaled here: the two shares add up to one": (picture + level * noise, velocity),
         }  # fmt: skip
         given = picture.clone(), noise.clone(), sigma.clone()
-        got = ask(answer, *given, library="finetune.py")
+        got = ask(answer, *given, library="flow.py")
         expect(got, (noisy, velocity), wrong, where=f"B = {B}, N = {N}")
 
 

@@ -13,7 +13,7 @@ def pair(picture=1, noise=1, swap=False, first=False, velocity=lambda p, n: n - 
 
 
 def library_pair(picture, noise, sigma):
-    from minqwen.finetune import sample_sigmas
+    from minqwen.flow import sample_sigmas
 
     sample_sigmas(1, "uniform")
     return noise, picture
