@@ -70,12 +70,19 @@ def all_of_it(data: Path, out: Path) -> list[tuple[str, list[str]]]:
 
 
 RUN = """
-import json, sys
+import json, sys, torch
 from minqwen import edit, finetune, precompute
-from minqwen.parallel import joined
+from minqwen.checkpoint import Checkpoint
+from minqwen.parallel import entire, gathered, joined, load_sharded
+from minqwen.transformer import QwenImageTransformer2DModel as Model
 with joined("cpu"):
     for module, arguments in json.loads(sys.argv[1]):
         globals()[module].main(arguments)
+    model = load_sharded(Checkpoint(sys.argv[2]), Model, "transformer", "cpu", torch.float32)
+    held = gathered(sum(p.to_local().untyped_storage().nbytes() for p in model.parameters()))
+    one = Checkpoint(sys.argv[2]).load(Model, "transformer").state_dict()
+    exact = all(torch.equal(entire(t), one[name]) for name, t in model.state_dict().items())
+    print(json.dumps([held, sum(t.nbytes for t in one.values()), exact]))
 """
 
 
@@ -88,17 +95,31 @@ def one(data, tmp_path_factory) -> Path:
     return place
 
 
+@pytest.fixture(scope="module")
+def cut(data, tmp_path_factory) -> Path:
+    """A run of one process that trains every weight, cut off behind its save at step 2."""
+    place = tmp_path_factory.mktemp("cut")
+    with pytest.raises(KeyboardInterrupt):
+        stopped(data / "cache", place, [*STEP, "--dtype", "float32", "--rank", "0"])
+    return place
+
+
 @pytest.fixture(scope="module", params=[2, 4])
-def many(request, data, tmp_path_factory) -> Path:
-    """What several do."""
+def many(request, data, cut, tmp_path_factory) -> Path:
+    """What several do; they also go on with the run that was cut off."""
     place = tmp_path_factory.mktemp("many")
     (place / "run.py").write_text(RUN, encoding="utf-8")
-    jobs = json.dumps(all_of_it(data, place))
-    command = [*kills.torchrun(request.param), str(place / "run.py"), jobs]
+    shutil.copytree(cut, place / "cut")
+    goes_on = [str(data / "cache"), *STEP, "--dtype", "float32", "--rank", "0", "--out", str(place / "cut")]
+    jobs = json.dumps([*all_of_it(data, place), ("finetune", goes_on)])
+    command = [*kills.torchrun(request.param), str(place / "run.py"), jobs, str(TINY)]
     ran = subprocess.run(command, capture_output=True, text=True, env=kills.alone(), timeout=300)
     assert not ran.returncode, ran.stderr[-3000:]
     lines = [line for line in ran.stdout.splitlines() if not line.startswith("memory: ")]
-    assert len(lines) == 6 and "7 computed, 0 reused" in lines[0], lines  # one of the processes speaks
+    assert len(lines) == 8 and "7 computed, 0 reused" in lines[0], lines  # one of the processes speaks
+    held, whole, exact = json.loads(lines[-1])  # a part of the bytes, and the rows that fill up
+    assert exact and len(held) == request.param
+    assert whole / request.param <= max(held) <= 1.02 * whole / request.param
     return place
 
 
@@ -117,22 +138,17 @@ def test_finetune_ends_in_the_same_weights(name, one, many):
     assert log.shape == theirs.shape == (14, 3) and abs(log - theirs).max() <= 1e-5
 
 
+def test_a_run_goes_on_with_another_number_of_processes(one, many):
+    """Of every weight, in shards; of adapters one file is written, and read by all."""
+    (want, log), (got, theirs) = trained(one / "full", True), trained(many / "cut", True)
+    assert max((got[n] - want[n]).abs().max() for n in want) <= 1e-5 and abs(log - theirs).max() <= 1e-5
+
+
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_is_the_same_picture(name, one, many):
     """192x192 pixels, so that guidance's two passes are two."""
     pictures = [np.asarray(Image.open(place / f"{name}.png"), int) for place in (one, many)]
     assert pictures[0].shape == pictures[1].shape and abs(pictures[0] - pictures[1]).max() <= 1
-
-
-def test_a_run_goes_on_with_another_number_of_processes(data, one, tmp_path):
-    """Of every weight, in shards; of adapters one file is written, and read by all."""
-    how = [*STEP, "--dtype", "float32", "--rank", "0"]
-    cut = tmp_path / "cut"
-    with pytest.raises(KeyboardInterrupt):  # one process, cut off behind its save at step 2
-        stopped(data / "cache", cut, how)
-    torchrun(2, "finetune", data / "cache", "--out", cut, *how)
-    (want, log), (got, theirs) = trained(one / "full", True), trained(cut, True)
-    assert max((got[n] - want[n]).abs().max() for n in want) <= 1e-5 and abs(log - theirs).max() <= 1e-5
 
 
 def stopped(cache: Path, out: Path, how: list[str]) -> None:
@@ -179,28 +195,3 @@ def test_alone_everything_is_as_it_was(monkeypatch):
     with joined("cpu") as device:
         assert (device, rank(), size()) == ("cpu", 0, 1)
     assert list(share(["a", "b"])) == [(0, "a", True), (1, "b", True)]
-
-
-def test_each_process_holds_its_part_of_the_weights(tmp_path):
-    """A quarter of the bytes, and the rows that fill up."""
-    script = tmp_path / "held.py"
-    script.write_text(HELD, encoding="utf-8")
-    command = [*kills.torchrun(4), str(script), str(TINY)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=kills.alone(), timeout=300)
-    held, whole, exact = json.loads(ran.stdout.splitlines()[-1])
-    assert exact and len(held) == 4 and whole / 4 <= max(held) <= 1.02 * whole / 4, ran.stderr[-2000:]
-
-
-HELD = """
-import json, sys, torch
-from minqwen.checkpoint import Checkpoint
-from minqwen.parallel import entire, gathered, joined, load_sharded, rank
-from minqwen.transformer import QwenImageTransformer2DModel as Model
-with joined("cpu"):
-    model = load_sharded(Checkpoint(sys.argv[1]), Model, "transformer", "cpu", torch.float32)
-    held = gathered(sum(p.to_local().untyped_storage().nbytes() for p in model.parameters()))
-    one = Checkpoint(sys.argv[1]).load(Model, "transformer").state_dict()
-    exact = all(torch.equal(entire(t), one[name]) for name, t in model.state_dict().items())
-    if not rank():
-        print(json.dumps([held, sum(t.nbytes for t in one.values()), exact]))
-"""
