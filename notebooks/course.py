@@ -116,6 +116,17 @@ def show(pictures, titles=None, size: float = 1.9, rows: int = 1):
     plt.show()
 
 
+def matrix(axis, numbers: torch.Tensor, x: float, y: float, colour: str, name: str = "") -> float:
+    """A matrix as a table of numbers, its upper left corner at (x, y); returns where its right side is."""
+    rows, columns = numbers.shape
+    for i, row in enumerate(numbers.tolist()):
+        for j, number in enumerate(row):
+            axis.add_patch(plt.Rectangle((x + j, y - i - 1), 1, 1, facecolor=colour, edgecolor="white", lw=2))
+            axis.text(x + j + 0.5, y - i - 0.5, f"{number:g}", ha="center", va="center", fontsize=11)
+    axis.text(x + columns / 2, y + 0.3, name, ha="center", fontsize=10)
+    return x + columns
+
+
 def flow(boxes: dict, arrows: list, size=(10, 4), here: str | None = None):
     """A flow chart. boxes: name -> (x, y, title, detail, colour) in a plane of units of one box; arrows: name pairs."""
     figure, axis = plt.subplots(figsize=size)

@@ -118,6 +118,9 @@ def expect_five(answer, right: tuple, wrong: list[dict], names: Sequence[str], t
         expect(got, want, mistakes, tolerance, name)
 
 
+WHOLE = "that is a whole of several parts: which part of it is the first to differ?"
+
+
 def expect_finding(finding, form: str, **parts: tuple[str, dict[str, str]]) -> None:
     """Raise `Wrong` unless the finding of an exercise to debug is right, part by part: a name, say, then a letter.
 

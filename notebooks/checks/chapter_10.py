@@ -6,7 +6,7 @@ from functools import cache
 import numpy
 import torch
 
-from checks import Wrong, ask, exercise, expect, expect_finding
+from checks import WHOLE, Wrong, ask, exercise, expect, expect_finding
 from course import ROOT, TINY
 from minqwen.checkpoint import Checkpoint
 from minqwen.lora import adapters, load_lora
@@ -184,8 +184,7 @@ CAUSES = {
 @exercise("10.5")
 def cause(finding):
     """(name of the first sub-module that differs, letter)."""
-    whole = "that is a whole of several parts: which part of it is the first to differ?"
-    names = dict.fromkeys(("", "transformer_blocks.0", "transformer_blocks.0.attn"), whole)
+    names = dict.fromkeys(("", "transformer_blocks.0", "transformer_blocks.0.attn"), WHOLE)
     names |= dict.fromkeys(
         ("*lora_A", "*lora_B"), "a part that only one of the two models has cannot differ: which layer holds it?"
     )

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from checks import Wrong, ask, exercise, expect, expect_finding, expect_five
+from checks import WHOLE, Wrong, ask, exercise, expect, expect_finding, expect_five
 from course import TINY
 from minqwen.checkpoint import Checkpoint
 from minqwen.quantize import GROUP, QuantizedLinear, quantize, quantize_blocks
@@ -263,8 +263,7 @@ CAUSES = {
 @exercise("11.5")
 def cause(finding):
     """(name of the first sub-module that differs, letter)."""
-    whole = "that is a whole of several parts: which part of it is the first to differ?"
-    names = dict.fromkeys(("", "transformer_blocks.0", "transformer_blocks.0.txt_mlp"), whole)
+    names = dict.fromkeys(("", "transformer_blocks.0", "transformer_blocks.0.txt_mlp"), WHOLE)
     names["transformer_blocks.1*"] = "an earlier block differs already"
     expect_finding(
         finding,

@@ -398,10 +398,18 @@ def two_arrows(plus: Tensor, minus: Tensor, further: Tensor, kept: Tensor) -> No
 
 def by_guidance(results: dict[float, Tensor], said: Tensor) -> None:
     """Pictures for several scales of guidance, with what is right and how many of the right ones are small."""
-    rows = {}
-    for scale, x in results.items():
-        found = shares(x, said)
-        rows[f"s = {scale:g}: {found['right']:.0%} right,\n{found['small']:.0%} of them small"] = x[:10]
+    named = {f"s = {scale:g}: ": x for scale, x in results.items()}
+    same_noises(named, said, "{right:.0%} right,\n{small:.0%} of them small")
+
+
+def without_guidance(results: dict[str, Tensor], said: Tensor) -> None:
+    """What a bug makes of the same noises."""
+    same_noises(results, said, "\n{right:.0%} right, {clear:.0%} clear")
+
+
+def same_noises(results: dict[str, Tensor], said: Tensor, told: str) -> None:
+    """A row of pictures for each result, with its name and what is told of its shares."""
+    rows = {name + told.format(**shares(x, said)): x[:10] for name, x in results.items()}
     rows_of(rows, "“a ring”, 8 steps, each column the same noise", columns=10)
 
 
@@ -422,15 +430,6 @@ def three_moves(moves: dict[str, Tensor], sizes: dict[str, Tensor]) -> None:
 def beside(results: dict[str, Image.Image]) -> None:
     """Pictures with their names."""
     show(list(results.values()), list(results), size=9.4 / max(4, len(results)))
-
-
-def without_guidance(results: dict[str, Tensor], said: Tensor) -> None:
-    """What a bug makes of the same noises."""
-    rows = {}
-    for name, x in results.items():
-        found = shares(x, said)
-        rows[f"{name}\n{found['right']:.0%} right, {found['clear']:.0%} clear"] = x[:10]
-    rows_of(rows, "“a ring”, 8 steps, each column the same noise", columns=10)
 
 
 def table_of_edits(counts: tuple[int, ...] = (1, 4, 20), scales: tuple[float, ...] = (1, 4)) -> dict:

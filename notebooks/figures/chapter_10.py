@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT
+from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, matrix
 from figures.small_model import model as pipeline
 from minqwen.finetune import flow_loss, make_batch
 from minqwen.lora import load_lora
@@ -174,17 +174,6 @@ def memory() -> None:
 def width_of_small() -> int:
     config = pipeline().transformer.config
     return config["num_attention_heads"] * config["attention_head_dim"]
-
-
-def matrix(axis, numbers: Tensor, x: float, y: float, colour: str, name: str = "") -> float:
-    """A matrix as a table of numbers, its upper left corner at (x, y); returns where its right side is."""
-    rows, columns = numbers.shape
-    for i, row in enumerate(numbers.tolist()):
-        for j, number in enumerate(row):
-            axis.add_patch(plt.Rectangle((x + j, y - i - 1), 1, 1, facecolor=colour, edgecolor="white", lw=2))
-            axis.text(x + j + 0.5, y - i - 0.5, f"{number:g}", ha="center", va="center", fontsize=11)
-    axis.text(x + columns / 2, y + 0.3, name, ha="center", fontsize=10)
-    return x + columns
 
 
 def rank_one(W: Tensor, B: Tensor, A: Tensor, scale: float) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from course import BLUE, GREEN, GREY, ORANGE, RED, TINY
+from course import BLUE, GREEN, GREY, ORANGE, RED, TINY, matrix
 from figures.small_model import given
 from figures.small_model import model as pipeline
 from minqwen.doctor import Machine, released
@@ -324,17 +324,6 @@ def weights_and_work(weights: dict[str, int], products: dict[str, float]) -> Non
     axis.set(yticks=(0, 1), xlim=(0, 100), ylim=(1.85, -0.45), xlabel="per cent of the 60 blocks")
     axis.set_yticklabels(["weights", "multiplications\nof a pass"], fontsize=9)
     plt.show()
-
-
-def matrix(axis, numbers: Tensor, x: float, y: float, colour: str, name: str = "") -> float:
-    """A matrix as a table of numbers, its upper left corner at (x, y); returns where its right side is."""
-    rows, columns = numbers.shape
-    for i, row in enumerate(numbers.tolist()):
-        for j, number in enumerate(row):
-            axis.add_patch(plt.Rectangle((x + j, y - i - 1), 1, 1, facecolor=colour, edgecolor="white", lw=2))
-            axis.text(x + j + 0.5, y - i - 0.5, f"{number:g}", ha="center", va="center", fontsize=11)
-    axis.text(x + columns / 2, y + 0.25, name, ha="center", fontsize=10)
-    return x + columns
 
 
 def layer_and_table(W: Tensor, vectors: dict[float, Tensor], table: dict[float, Tensor]) -> None:
