@@ -46,7 +46,7 @@ class Machine(NamedTuple):
 
     def seconds(self, plan: Plan) -> float:
         """Of a step."""
-        link = self.link if plan.fetched <= 2 * self.host else min(self.link, self.disk)
+        link = self.link if plan.kept <= self.host else min(self.link, self.disk)
         return plan.seconds(self.rate, link, self.beside)
 
 

@@ -31,12 +31,16 @@ TOGETHER = 1024  # up to so many image tokens both prompts share one forward pas
 
 
 class Plan(NamedTuple):
-    """A way to hold the model: its name, bytes on the device at the peak, bytes fetched and operations in each step."""
+    """A way to hold the model: its name, bytes on the device at the peak, bytes fetched and operations in each step.
+
+    kept: of what is fetched, once; the host has room for it, or it comes from the disk.
+    """
 
     way: str
     peak: int
     fetched: int
     operations: float
+    kept: int = 0
 
     def __str__(self) -> str:
         return f"{self.way}, about {in_bytes(self.peak)} at the peak"
@@ -79,7 +83,7 @@ def plans(shells: dict[str, Shell], area: int, pictures: int = 1) -> list[Plan]:
     return [
         Plan("resident", sum(whole.values()) + max(computing, painting), 0, operations),
         Plan("turns", by_turns(without_table), 0, operations),
-        Plan("stream", by_turns(streamed), fetched, operations),
+        Plan("stream", by_turns(streamed), fetched, operations, without_table.get("transformer", 0)),
     ]
 
 

@@ -41,9 +41,9 @@ def test_the_table_of_the_readme_is_current():
 
 
 def test_blocks_come_from_the_disk_where_the_host_has_no_room_for_them():
-    plan, machine = Plan("stream", 0, 20, 10), Machine("", 0, 10, rate=100, link=10, disk=2)
+    plan, machine = Plan("stream", 0, 20, 10, kept=10), Machine("", 0, 10, rate=100, link=10, disk=2)
     assert machine.seconds(plan) == 2 and machine._replace(host=9).seconds(plan) == 10
-    assert machine.seconds(plan._replace(fetched=0)) == 0.1
+    assert machine.seconds(plan._replace(fetched=0, kept=0)) == 0.1
 
 
 def test_times_are_said_in_the_usual_units():
