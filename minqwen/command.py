@@ -1,6 +1,7 @@
 """What the commands share: the options that open a model, numbers with a range, and an end in one line.
 
-    python -m minqwen.edit, minqwen.precompute, minqwen.finetune, minqwen.shrink, minqwen.doctor
+    python -m minqwen.edit, minqwen.precompute, minqwen.finetune, minqwen.shrink, minqwen.doctor,
+    minqwen.verify
 
 What is wrong with an option is said before a model is loaded, which may take minutes; argparse puts the option's name
 before it. A command ends with 2 for a wrong option, 130 for Ctrl-C (1 where a run goes on later), 1 for any other error
@@ -105,6 +106,10 @@ def one_line(command: str, interrupted: str = "interrupted", status: int = 130) 
             print(f"{command}: {interrupted}", file=sys.stderr)
         raise SystemExit(status) from None
     except UnicodeEncodeError as error:  # half an emoji, or a name on a disk of another system
-        raise SystemExit(f"{command}: {error.object!r} is no text in UTF-8: use another name") from None
+        _end(f"{command}: {error.object!r} is no text in UTF-8: use another name")
     except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        raise SystemExit(f"{command}: {error}" if first_to_say() else 1) from None
+        _end(f"{command}: {error}")
+
+
+def _end(message: str) -> None:
+    raise SystemExit(message if first_to_say() else 1) from None

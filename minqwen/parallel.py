@@ -66,7 +66,7 @@ def joined(device: str | None = None) -> Iterator[str | None]:
         dist.destroy_process_group()  # not behind an error: the others may be waiting for this one
 
 
-def store() -> dist.Store | None:
+def store() -> "dist.Store | None":
     """What the processes of torchrun can tell each other before they are joined; None without torchrun.
 
     Each start of all of them has a part of its own: the addresses of those before, which torchrun leaves there, would
@@ -193,7 +193,7 @@ class Shards:
 class Gather(TorchFunctionMode):
     """Attention whose keys and values are those of all processes; the text's, which come first, each has itself."""
 
-    def __init__(self, text_tokens: int, group: dist.ProcessGroup):
+    def __init__(self, text_tokens: int, group: "dist.ProcessGroup"):
         super().__init__()
         self.text, self.group = text_tokens, group
 
@@ -210,14 +210,14 @@ class Gather(TorchFunctionMode):
         return function(q, keys, values, attn_mask=mask)
 
 
-def whole(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+def whole(part: Tensor, dim: int, group: "dist.ProcessGroup") -> Tensor:
     """Equal parts of a tensor, one behind the other in a dimension."""
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, part.contiguous(), group)
     return torch.cat(parts, dim)
 
 
-def split_tokens(model: nn.Module, group: dist.ProcessGroup | None):
+def split_tokens(model: nn.Module, group: "dist.ProcessGroup | None"):
     """The model, called with all tokens in every process of a group: each computes a part of the picture's tokens.
 
     Raises ValueError if they cannot be shared out equally.

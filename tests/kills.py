@@ -126,7 +126,7 @@ def killed_workers(place: Path, count: int, seed: int) -> int:
     jobs(place / "data")
     tune = ["-m", "minqwen.finetune", str(place / "data" / "cache"), *TUNE[:1], str(6 * (count + 2)), *TUNE[2:], *MODEL]
     chance, killed, seen, log = random.Random(seed), 0, set(), place / "killed" / finetune.LOG
-    subprocess.run([*torchrun(2), *tune, "--out", str(place / "calm")], check=True, env=alone(), capture_output=True)
+    calm = subprocess.Popen([*torchrun(2), *tune, "--out", str(place / "calm")], env=alone(), stderr=subprocess.DEVNULL)
     with open(place / "said", "w", encoding="utf-8") as said:
         command = [*torchrun(2, restarts=count), *tune, "--out", str(log.parent)]
         run = subprocess.Popen(command, env=alone(), stdout=said, stderr=said)
@@ -139,7 +139,7 @@ def killed_workers(place: Path, count: int, seed: int) -> int:
                 chance.choice(workers).kill()
                 killed, seen = killed + 1, seen | set(workers)
             time.sleep(0.05)
-    if run.returncode:
+    if run.returncode or calm.wait():
         raise RuntimeError((place / "said").read_text(encoding="utf-8")[-2000:])
     if contents(place / "calm") != contents(log.parent):
         raise RuntimeError(f"seed {seed}: the weights are others than those of an undisturbed run")

@@ -10,26 +10,19 @@ import kills
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 
-from minqwen import edit, finetune, precompute
-from minqwen.parallel import joined, rank, share, size
+from minqwen import edit, finetune, parallel, precompute
+from minqwen.parallel import Passes, joined, rank, share, size, split_tokens
 from minqwen.shrink import shrink
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY, SET = ROOT / "data" / "tiny", ROOT / "data" / "finetune"
 MODEL = ["--model", str(TINY), "--device", "cpu"]
-STEP = ["--steps", "4", "--batch-size", "2", "--accumulate", "3", "--save-every", "2", "--quiet", *MODEL]
+STEP = ["--steps", "2", "--batch-size", "2", "--accumulate", "3", "--save-every", "1", "--quiet", *MODEL]
 pytestmark = pytest.mark.slow
-
-
-def torchrun(processes: int, module: str, *arguments: str, fails: bool = False) -> str:
-    """What a command under torchrun says; of one that should fail, on its error stream."""
-    command = [*kills.torchrun(processes), "-m", f"minqwen.{module}", *map(str, arguments)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=kills.alone(), timeout=300)
-    assert bool(ran.returncode) == fails, ran.stderr[-3000:]
-    return ran.stderr if fails else ran.stdout
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +48,25 @@ def trained(out: Path, full: bool) -> tuple[dict[str, torch.Tensor], np.ndarray]
     return load_file(out / name), np.loadtxt(out / "log.csv", delimiter=",", skiprows=1)
 
 
-EDIT = ["make the star green", "--steps", "3", "--area", str(192 * 192), *MODEL]
+EDIT = ["make the star green", "--steps", "2", "--area", str(192 * 192), *MODEL]
 EDITS = {"guided": ["--guidance", "3"], "streamed": ["--guidance", "1", "--memory", "stream"]}
 
 
-def all_of_it(data: Path, out: Path) -> list[tuple[str, list[str]]]:
-    """Every command once: its module, and its arguments."""
-    tune = [str(data / "cache"), *STEP, "--dtype", "float32"]
-    jobs = [("precompute", [*sources(data), "--cache", str(out / "cache"), "--quiet", *MODEL])]
-    jobs += [("finetune", [*tune, "--out", str(out / name), "--rank", r]) for name, r in (("lora", "4"), ("full", "0"))]
-    jobs += [("finetune", [*tune, "--out", str(out / "bits"), "--rank", "4", "--model", str(data / "small")])]
+def jobs(data: Path, out: Path) -> dict[str, tuple[str, list[str]]]:
+    """What is done by one process and by several: its name -> the command, and its arguments."""
+    tune = [str(data / "cache"), *STEP, "--dtype", "float32", "--out"]
     picture = str(ROOT / "data/pictures/scene.png")
-    return jobs + [("edit", [picture, *EDIT, *how, "--out", str(out / f"{name}.png")]) for name, how in EDITS.items()]
+    edits = {name: [picture, *EDIT, *how, "--out", str(out / f"{name}.png")] for name, how in EDITS.items()}
+    return {
+        "cache": ("precompute", [*sources(data), "--cache", str(out / "cache"), "--quiet", *MODEL]),
+        "lora": ("finetune", [*tune, str(out / "lora"), "--rank", "4"]),
+        "full": ("finetune", [*tune, str(out / "full"), "--rank", "0"]),
+        "bits": ("finetune", [*tune, str(out / "bits"), "--rank", "4", "--model", str(data / "small")]),
+        "cut": (
+            "finetune",
+            [*tune, str(out / "cut"), "--rank", "0"],
+        ),  # goes on, where there is something to go on with
+    } | {name: ("edit", arguments) for name, arguments in edits.items()}
 
 
 RUN = """
@@ -86,81 +86,65 @@ with joined("cpu"):
 """
 
 
-@pytest.fixture(scope="module")
-def one(data, tmp_path_factory) -> Path:
-    """What one process does."""
-    place = tmp_path_factory.mktemp("one")
-    for module, arguments in all_of_it(data, place):
+def by_one(data: Path, place: Path, names: list[str]) -> None:
+    for module, arguments in map(jobs(data, place).get, names):
         {"precompute": precompute, "finetune": finetune, "edit": edit}[module].main(arguments)
-    return place
 
 
-@pytest.fixture(scope="module")
-def cut(data, tmp_path_factory) -> Path:
-    """A run of one process that trains every weight, cut off behind its save at step 2."""
-    place = tmp_path_factory.mktemp("cut")
-    with pytest.raises(KeyboardInterrupt):
-        stopped(data / "cache", place, [*STEP, "--dtype", "float32", "--rank", "0"])
-    return place
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def many(request, data, cut, tmp_path_factory) -> Path:
-    """What several do; they also go on with the run that was cut off."""
-    place = tmp_path_factory.mktemp("many")
+def by_several(processes: int, data: Path, place: Path, names: list[str]) -> None:
+    """All in one start of torchrun; then each process says how much it holds of a model that is shared out."""
     (place / "run.py").write_text(RUN, encoding="utf-8")
-    shutil.copytree(cut, place / "cut")
-    goes_on = [str(data / "cache"), *STEP, "--dtype", "float32", "--rank", "0", "--out", str(place / "cut")]
-    jobs = json.dumps([*all_of_it(data, place), ("finetune", goes_on)])
-    command = [*kills.torchrun(request.param), str(place / "run.py"), jobs, str(TINY)]
+    told = json.dumps(list(map(jobs(data, place).get, names)))
+    command = [*kills.torchrun(processes), str(place / "run.py"), told, str(TINY)]
     ran = subprocess.run(command, capture_output=True, text=True, env=kills.alone(), timeout=300)
     assert not ran.returncode, ran.stderr[-3000:]
-    lines = [line for line in ran.stdout.splitlines() if not line.startswith("memory: ")]
-    assert len(lines) == 8 and "7 computed, 0 reused" in lines[0], lines  # one of the processes speaks
-    held, whole, exact = json.loads(lines[-1])  # a part of the bytes, and the rows that fill up
-    assert exact and len(held) == request.param
-    assert whole / request.param <= max(held) <= 1.02 * whole / request.param
-    return place
+    *lines, last = [line for line in ran.stdout.splitlines() if not line.startswith("memory: ")]
+    assert len(lines) == len(names), lines  # one of the processes speaks
+    held, whole, exact = json.loads(last)  # a part of the bytes, and the rows that fill up
+    assert exact and len(held) == processes and whole / processes <= max(held) <= 1.02 * whole / processes
 
 
-def test_precompute_writes_the_same_bytes(one, many):
-    files = [
-        {path.name: path.read_bytes() for path in (place / "cache").iterdir() if not path.name.startswith(".")}
-        for place in (one, many)
-    ]
-    assert len(files[0]) == 8 and files[0] == files[1]
+@pytest.mark.parametrize(
+    ("processes", "names"),
+    [(2, ["cache", "lora", "full", "bits", "cut", "guided", "streamed"]), (4, ["full", "guided"])],
+    ids=["two", "four"],
+)
+def test_several_processes_do_what_one_does(processes, names, data, tmp_path):
+    """Edits are of 192x192 pixels, so that guidance's two passes are two. "cut" is a run of every weight that one
+    process began: it goes on in shards (adapters are in one file, which all read)."""
+    one, many = tmp_path / "one", tmp_path / "many"
+    one.mkdir()
+    many.mkdir()
+    if "cut" in names:
+        with pytest.raises(KeyboardInterrupt):
+            stopped(*jobs(data, many)["cut"][1])
+    by_one(data, one, names)
+    by_several(processes, data, many, names)
+    if "cache" in names:
+        files = [{p.name: p.read_bytes() for p in (place / "cache").glob("[!.]*")} for place in (one, many)]
+        assert len(files[0]) == 8 and files[0] == files[1]
+    for name in {"lora", "full", "bits", "cut"} & set(names):
+        (want, log), (got, theirs) = (trained(place / name, name in ("full", "cut")) for place in (one, many))
+        assert got.keys() == want.keys() and max((got[n] - want[n]).abs().max() for n in want) <= 1e-5, name
+        assert log.shape == theirs.shape == (7, 3) and abs(log - theirs).max() <= 1e-5, name
+    for name in set(EDITS) & set(names):
+        pictures = [np.asarray(Image.open(place / f"{name}.png"), int) for place in (one, many)]
+        assert pictures[0].shape == pictures[1].shape and abs(pictures[0] - pictures[1]).max() <= 1, name
 
 
-@pytest.mark.parametrize("name", ["lora", "full", "bits"])
-def test_finetune_ends_in_the_same_weights(name, one, many):
-    (want, log), (got, theirs) = (trained(place / name, name == "full") for place in (one, many))
-    assert got.keys() == want.keys() and max((got[n] - want[n]).abs().max() for n in want) <= 1e-5
-    assert log.shape == theirs.shape == (14, 3) and abs(log - theirs).max() <= 1e-5
-
-
-def test_a_run_goes_on_with_another_number_of_processes(one, many):
-    """Of every weight, in shards; of adapters one file is written, and read by all."""
-    (want, log), (got, theirs) = trained(one / "full", True), trained(many / "cut", True)
-    assert max((got[n] - want[n]).abs().max() for n in want) <= 1e-5 and abs(log - theirs).max() <= 1e-5
-
-
-@pytest.mark.parametrize("name", EDITS)
-def test_an_edit_is_the_same_picture(name, one, many):
-    """192x192 pixels, so that guidance's two passes are two."""
-    pictures = [np.asarray(Image.open(place / f"{name}.png"), int) for place in (one, many)]
-    assert pictures[0].shape == pictures[1].shape and abs(pictures[0] - pictures[1]).max() <= 1
-
-
-def stopped(cache: Path, out: Path, how: list[str]) -> None:
-    asked = finetune.command_line().parse_args([str(cache), "--out", str(out), *how])
+def stopped(*arguments: str) -> None:
+    """A training that is cut off behind its save at step 1."""
+    asked = finetune.command_line().parse_args(arguments)
     keywords = {each.name: getattr(asked, each.name) for each in finetune.fields(finetune.Settings)}
 
     def stop(step: int) -> None:
-        if step == 2:
+        if step == 1:
             raise KeyboardInterrupt
 
     pipe = finetune.open_model(asked, ("text_encoder", "vae"))
-    finetune.finetune(pipe, precompute.Precomputed.open(cache), out, preview=stop, progress=False, **keywords)
+    finetune.finetune(
+        pipe, precompute.Precomputed.open(asked.cache), asked.out, preview=stop, progress=False, **keywords
+    )
 
 
 def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_save(tmp_path):
@@ -169,16 +153,25 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_save(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("processes", "arguments", "words"),
-    [(3, ["--area", 512 * 512], "guidance's two passes need an even number of processes, these are 3"),
-     (2, ["--steps", "x"], "--steps: expected a whole number")],
-)  # fmt: skip
-def test_bad_use_is_one_sentence_of_one_process(processes, arguments, words, tmp_path):
-    picture, out = ROOT / "data/pictures/scene.png", tmp_path / "x.png"
-    more = ["--out", out, "--steps", 1, *arguments] if "--steps" not in arguments else ["--out", out, *arguments]
-    said = torchrun(processes, "edit", picture, "x", *more, *MODEL, fails=True)
-    lines = [line for line in said.splitlines() if line.startswith("edit: ")]
-    assert len(lines) == 1 and words in lines[0], said
+    ("arguments", "words"),
+    [(["--steps", "x"], "--steps: expected a whole number"), (["--model", "no/model"], "no/model")],
+)
+def test_bad_use_is_one_sentence_of_one_process(arguments, words, tmp_path):
+    picture = ROOT / "data/pictures/scene.png"
+    command = [*kills.torchrun(2), "-m", "minqwen.edit", str(picture), "x", "--out", str(tmp_path / "x.png")]
+    environment = kills.alone() | {"HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    lines = [line for line in ran.stderr.splitlines() if line.startswith("edit: ")]
+    assert ran.returncode and len(lines) == 1 and words in lines[0], ran.stderr
+
+
+def test_processes_that_cannot_share_the_work_are_told(monkeypatch):
+    monkeypatch.setattr(parallel, "size", lambda: 3)
+    with pytest.raises(ValueError, match="guidance's two passes need an even number of processes, these are 3"):
+        Passes(2)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 3)
+    with pytest.raises(ValueError, match="32 tokens cannot be shared out to 3 processes"):
+        split_tokens(None, object())(torch.zeros(1, 32, 64), torch.zeros(1, 5, 8), None, None, [[(1, 4, 4)] * 2])
 
 
 def test_too_few_cards_are_named(monkeypatch):
