@@ -122,10 +122,10 @@ def load_sharded(checkpoint: Checkpoint, module_class: type[nn.Module], componen
     mesh = dist.init_device_mesh(torch.device(device).type, (size(),))
     for part in (*module.transformer_blocks, module.to(dtype)):
         fully_shard(part, mesh=mesh)
-    held = {}
+    held, buffers = {}, dict(module.named_buffers())
     for name, tensor in stored.items():
         kind, whole = None if keeps_dtype(name, tensor) else dtype, tensor.shape
-        if name in dict(module.named_buffers()):
+        if name in buffers:
             held[name] = tensor.to(device, kind)
             continue
         rows = ceil(len(tensor) / size())

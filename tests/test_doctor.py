@@ -40,6 +40,14 @@ def test_the_table_of_the_readme_is_current():
     assert rows["| RTX 4060, 8 GB; 32 GB"] == ["as released", "stream"]
 
 
+@pytest.mark.slow
+def test_the_lesson_speaks_of_the_same_machines():
+    from figures.chapter_11 import MACHINES
+
+    named = {machine.name.split(";")[0]: machine for machine in machines.NAMED}
+    assert MACHINES and all(named[machine.name]._replace(name=machine.name) == machine for machine in MACHINES)
+
+
 def test_blocks_come_from_the_disk_where_the_host_has_no_room_for_them():
     plan, machine = Plan("stream", 0, 20, 10, kept=10), Machine("", 0, 10, rate=100, link=10, disk=2)
     assert machine.seconds(plan) == 2 and machine._replace(host=9).seconds(plan) == 10
