@@ -88,6 +88,15 @@ def disk_rate(folder: str | os.PathLike) -> float:
         return PROBE / (time.perf_counter() - start)
 
 
+def python_itself() -> int:
+    """Bytes of the host's memory that this process holds, Python and PyTorch; 0 where that cannot be found out."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+    except (OSError, StopIteration):
+        return 0
+
+
 def here(shells: dict[str, Shell], area: int, pictures: int, disk: float) -> Machine:
     """This machine, timed with these parts."""
     shell, host = shells["transformer"], free_memory(torch.device("cpu"))
@@ -151,6 +160,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, shells in tqdm(found.items(), desc="timing a block", unit=" models", leave=False):
         rows += lines(name, shells, here(shells, asked.area, asked.pictures, disk), asked)
     print(table("| weights | way | at the peak | fits | a step | a picture |", rows))
+    if where.type == "cpu" and (itself := python_itself()):
+        print(f"\nTo each peak come {in_bytes(itself)}, which Python and PyTorch hold themselves.")
     print("\nThe way is chosen by itself, or by --memory; python -m minqwen.shrink makes weights of fewer bits.")
 
 

@@ -190,9 +190,8 @@ def accumulate_gradients(pipe, samples: list[Sample], settings: Settings, step: 
     noise = torch.randn(len(samples), tokens, 64, generator=chance)
     sigma = sigma if table is None else table.nearest(sigma)
     parts, losses = [slice(i, i + settings.batch_size) for i in range(0, len(samples), settings.batch_size)], {}
-    as_mean = (
-        parallel.size() if parallel.is_sharded(pipe.transformer.img_in.weight) and not settings.rank else 1
-    )  # FSDP2 divides by it
+    sharded = parallel.is_sharded(pipe.transformer.img_in.weight) and not settings.rank
+    as_mean = parallel.size() if sharded else 1  # FSDP2 divides by it
     for index, part, counts in parallel.share(parts):
         batch = make_batch(samples[part], dropped[part]).to(device, pipe.dtype)
         said = {} if table is None else {"modulations": table.rows(sigma[part], device)}
@@ -235,9 +234,8 @@ def training(model: nn.Module, settings: Settings) -> Iterator[list[nn.Parameter
 
 def save_result(pipe: QwenImagePipeline, folder: Path, adapted: bool) -> None:
     """The adapters as diffusers loads them, or the whole transformer as it was released."""
-    state = (
-        {} if adapted else {name: parallel.entire(each).cpu() for name, each in pipe.transformer.state_dict().items()}
-    )
+    weights = {} if adapted else pipe.transformer.state_dict()
+    state = {name: parallel.entire(each).cpu() for name, each in weights.items()}  # each process holds a part
     if parallel.rank():
         return
     if adapted:

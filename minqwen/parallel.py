@@ -200,10 +200,9 @@ class Gather(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
-        q, *others = args
-        keys, values = (
-            torch.cat([x[:, :, : self.text], whole(x[:, :, self.text :], 2, self.group)], 2) for x in others
-        )
+        q, *mine = args
+        of_all = (whole(x[:, :, self.text :], 2, self.group) for x in mine)
+        keys, values = (torch.cat([x[:, :, : self.text], rest], 2) for x, rest in zip(mine, of_all, strict=True))
         mask = (kwargs or {}).get("attn_mask")
         if mask is not None:
             mask = F.pad(mask[..., : self.text], (0, keys.shape[2] - self.text), value=True)

@@ -9,13 +9,13 @@ Tests: tests/test_memory.py. Chapter 11.
 """
 
 import os
-import time
 from collections.abc import Callable, Container
 from copy import deepcopy
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from minqwen.checkpoint import BLOCK, Checkpoint
 from minqwen.memory import BLOCKS, MODULATION, Shell, Turns, unread_layers
@@ -26,6 +26,7 @@ ACTIVATIONS = 22  # numbers a token and channel that live at once in a forward p
 PIXEL = 700  # numbers a pixel that live at once in the autoencoder, measured in the same way
 TILE = 1024 * 1024  # pixels; of a larger picture the autoencoder sees a part at a time
 LEVELS = 50  # of noise, for which the table is counted
+PROBE = 2**28  # bytes of blocks that are fetched to time it, and two blocks at least
 LARGE = 2**32  # bytes of a transformer from which a CPU is asked in which dtype it is faster
 TOGETHER = 1024  # up to so many image tokens both prompts share one forward pass: fewer, fuller operations
 
@@ -171,12 +172,15 @@ def rates(shell: Shell, area: int, pictures: int = 1, streams: bool = True) -> t
     if not streams:
         return rate, float("inf")
     walk = shell.streamed(BLOCKS, lambda name: MODULATION not in name)
+    sizes = [sum(map(shell.size, names.values())) for names in walk.names]
+    count = min(len(sizes), max(2, PROBE // sizes[0]))
 
-    def two_blocks() -> None:
-        for _ in walk:
-            break  # while the first is used, the second comes
+    def some_blocks() -> None:
+        for number, _ in enumerate(walk, 2):
+            if number >= count:
+                break  # while this one is used, the next comes
 
-    return rate, sum(shell.size(name) for names in walk.names[:2] for name in names.values()) / clocked(two_blocks)
+    return rate, sum(sizes[:count]) / clocked(some_blocks)
 
 
 def block_run(shell: Shell, rows: int, image: int, text: int) -> Callable[[], object]:
@@ -199,11 +203,9 @@ def block_run(shell: Shell, rows: int, image: int, text: int) -> Callable[[], ob
 
 
 def clocked(work: Callable[[], object]) -> float:
-    """Seconds of its second run."""
-    work()
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    """Seconds that it takes once it has run before; of short work, the median of several runs."""
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.1).median
 
 
 def in_bytes(count: float) -> str:

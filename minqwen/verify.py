@@ -138,9 +138,7 @@ def tensors(component: str) -> Callable[[Checkpoint, object], Found]:
         with torch.device("meta"):
             module = PARTS[component](**checkpoint.config(f"{component}/config.json"))
             assign(module, {name: torch.empty(shape) for name, shape in shapes.items()}, component)
-        size = sum(checkpoint.stored_bytes(component).values()) / sum(
-            map(torch.Size.numel, map(torch.Size, stored.values()))
-        )
+        size = sum(checkpoint.stored_bytes(component).values()) / sum(map(math.prod, stored.values()))
         first = next(name for name in stored if ".0." in name)
         other = [f"{len(stored)} tensors, not {TENSORS[component]}"] * (len(stored) != TENSORS[component])
         if changed := [name for name in stored if rename(name) not in (name, None)]:

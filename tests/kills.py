@@ -3,8 +3,8 @@
 precompute, finetune, shrink and make tiny (with next to none of its steps) run in child processes that are killed
 (SIGKILL, which nothing can catch) after a random time, until one of them ends by itself; then its files must be those
 of an undisturbed run, byte for byte. Then the next round begins, until the job has been killed so many times. In every
-other round two runs work on the folder at once, and both are killed at moments of their own. Last, workers of one run
-under torchrun are killed, one after the other. Needs os.fork: Linux or macOS.
+other round two runs work on the folder at once, and both are killed at moments of their own. Last, workers of
+runs under torchrun are killed, one after the other. Needs os.fork: Linux or macOS.
 """
 
 import argparse
@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY, SET = ROOT / "data" / "tiny", ROOT / "data" / "finetune"
 MODEL = ["--model", str(TINY), "--device", "cpu", "--quiet"]
 TUNE = ["--steps", "12", "--rank", "2", "--batch-size", "2", "--save-every", "1"]
-JOBS = ("precompute", "finetune", "shrink", "tiny", "workers")
+WORKERS = ("finetune by two", "precompute by two")
+JOBS = ("precompute", "finetune", "shrink", "tiny", *WORKERS)
 
 
 def jobs(place: Path) -> dict[str, Callable[[Path], object]]:
@@ -118,31 +119,39 @@ def alone() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
 
 
-def killed_workers(place: Path, count: int, seed: int) -> int:
-    """Two processes train under torchrun; one of them is killed, again and again; torchrun starts both anew.
+def killed_workers(name: str, place: Path, count: int, seed: int) -> int:
+    """Two processes work under torchrun; one of them is killed, again and again; torchrun starts both anew.
 
-    The number of kills. Raises RuntimeError where the weights are not those of an undisturbed run.
+    The number of kills. Raises RuntimeError where the files are not those of an undisturbed run.
     """
-    jobs(place / "data")
-    tune = ["-m", "minqwen.finetune", str(place / "data" / "cache"), *TUNE[:1], str(6 * (count + 2)), *TUNE[2:], *MODEL]
-    chance, killed, seen, log = random.Random(seed), 0, set(), place / "killed" / finetune.LOG
-    calm = subprocess.Popen([*torchrun(2), *tune, "--out", str(place / "calm")], env=alone(), stderr=subprocess.DEVNULL)
+    calm, out, chance, killed, seen = place / "calm", place / "killed", random.Random(seed), 0, set()
+    if name == "finetune":
+        jobs(place / "data")
+        steps, log = str(6 * (count + 2)), out / finetune.LOG
+        work, to, apart = [str(place / "data" / "cache"), TUNE[0], steps, *TUNE[2:]], "--out", 12
+    else:
+        work, to, apart = [str(SET / "images"), "--control", str(SET / "control")], "--cache", 150 // count
+    work = ["-m", f"minqwen.{name}", *work, *MODEL, to]
+    undisturbed = subprocess.Popen([*torchrun(2), *work, str(calm)], env=alone(), stderr=subprocess.DEVNULL)
     with open(place / "said", "w", encoding="utf-8") as said:
-        command = [*torchrun(2, restarts=count), *tune, "--out", str(log.parent)]
-        run = subprocess.Popen(command, env=alone(), stdout=said, stderr=said)
+        run = subprocess.Popen([*torchrun(2, restarts=count), *work, str(out)], env=alone(), stdout=said, stderr=said)
         while run.poll() is None:
-            lines, wanted = (log.read_text().count("\n") if log.exists() else 0), 12 * killed + chance.randint(4, 14)
+            if name == "finetune":
+                done = log.read_text().count("\n") if log.exists() else 0
+            else:
+                done = len(list(out.glob("[!.]*")))
             alive = [p for p in psutil.Process(run.pid).children() if p.status() != psutil.STATUS_ZOMBIE]
-            workers = [p for p in alive if "minqwen.finetune" in p.cmdline()]
-            if killed < count and lines >= wanted and len(workers) == 2 and not seen & set(workers):
+            workers = [p for p in alive if f"minqwen.{name}" in p.cmdline()]
+            wanted = apart * killed + chance.randint(4, 14)
+            if killed < count and done >= wanted and len(workers) == 2 and not seen & set(workers):
                 time.sleep(chance.uniform(0, 0.3))
                 chance.choice(workers).kill()
                 killed, seen = killed + 1, seen | set(workers)
             time.sleep(0.05)
-    if run.returncode or calm.wait():
+    if run.returncode or undisturbed.wait():
         raise RuntimeError((place / "said").read_text(encoding="utf-8")[-2000:])
-    if contents(place / "calm") != contents(log.parent):
-        raise RuntimeError(f"seed {seed}: the weights are others than those of an undisturbed run")
+    if contents(calm) != contents(out):
+        raise RuntimeError(f"{name}, seed {seed}: the files are others than those of an undisturbed run")
     return killed
 
 
@@ -170,8 +179,10 @@ def run(names: list[str], kills: int, seed: int) -> dict[str, tuple[int, int]]:
                     count, rounds = count + more, rounds + 1
                     bar.update(more)
             found[name] = count, rounds
-        if "workers" in names:
-            found["workers"] = killed_workers(place / "workers", min(kills, 10), seed), 1
+        for name in WORKERS:
+            if name in names:
+                (place / name).mkdir()
+                found[name] = killed_workers(name.split()[0], place / name, min(kills, 10), seed), 1
     return found
 
 

@@ -10,7 +10,7 @@ from tables import written
 from test_released_size import RELEASED
 
 from minqwen import doctor
-from minqwen.doctor import BITS, Machine, in_time, main, released
+from minqwen.doctor import BITS, Machine, in_time, main, python_itself, released
 from minqwen.pipeline import PARTS
 from minqwen.plans import Plan, plans
 from minqwen.shrink import bits_given, size_at
@@ -61,10 +61,12 @@ def test_times_are_said_in_the_usual_units():
 @pytest.mark.slow
 def test_it_says_what_the_tiny_checkpoint_needs_here(capsys):
     main(["--model", str(TINY), "--area", "4096", "--steps", "20", "--device", "cpu"])
-    rows = re.findall(r"^\| (.+) \|$", capsys.readouterr().out, re.MULTILINE)[1:]
+    said = capsys.readouterr().out
+    rows = re.findall(r"^\| (.+) \|$", said, re.MULTILINE)[1:]
     ways = [row.split(" | ") for row in rows]
     assert [way[1] for way in ways] == ["resident", "turns", "stream"]
     assert all(way[0] == str(TINY) and way[3] == "yes" and way[2].endswith("MiB") and way[4] for way in ways)
+    assert not python_itself() or "To each peak come " in said
 
 
 @pytest.mark.slow

@@ -62,10 +62,7 @@ def jobs(data: Path, out: Path) -> dict[str, tuple[str, list[str]]]:
         "lora": ("finetune", [*tune, str(out / "lora"), "--rank", "4"]),
         "full": ("finetune", [*tune, str(out / "full"), "--rank", "0"]),
         "bits": ("finetune", [*tune, str(out / "bits"), "--rank", "4", "--model", str(data / "small")]),
-        "cut": (
-            "finetune",
-            [*tune, str(out / "cut"), "--rank", "0"],
-        ),  # goes on, where there is something to go on with
+        "cut": ("finetune", [*tune, str(out / "cut"), "--rank", "0"]),  # goes on with what is there
     } | {name: ("edit", arguments) for name, arguments in edits.items()}
 
 
@@ -147,9 +144,10 @@ def stopped(*arguments: str) -> None:
     )
 
 
-def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_save(tmp_path):
+@pytest.mark.parametrize("name", ["finetune", "precompute"])
+def test_a_killed_worker_costs_no_more_than_the_work_since_the_last_save(name, tmp_path):
     """Once; make kills does it ten times."""
-    assert kills.killed_workers(tmp_path, count=1, seed=random.randrange(10**6)) == 1
+    assert kills.killed_workers(name, tmp_path, count=1, seed=random.randrange(10**6)) == 1
 
 
 @pytest.mark.parametrize(
