@@ -13,14 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, TIER, show
+from course import BLUE, GREEN, GREY, ORANGE, RED, show
+from figures.small_model import FULL, WHOLE_SCENE
+from figures.small_model import WHOLE_WISH as WISH
 from figures.small_model import whole_model as model
 from minqwen.images import image_to_pixels
 from minqwen.world.things.scenes import portrait
 
-FULL = TIER == "full"
-PICTURE = "coffee.png" if FULL else "scene.png"  # in data/pictures
-WISH = "replace the coffee with green tea" if FULL else "make the star green"
 STEPS = 20  # of an edit
 ROUNDING = 32 if FULL else 1  # levels of 255 by which two ways to compute the same picture may differ: bf16, or float32
 
@@ -46,7 +45,7 @@ LIGHT = {"words": "#dcefdc", "picture": "#dceaf7", "core": "#f9dede", "loop": "#
 
 @cache
 def given() -> Image.Image:
-    return Image.open(ROOT / "data/pictures" / PICTURE)
+    return Image.open(WHOLE_SCENE)
 
 
 def shapes() -> Tensor:

@@ -18,10 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, show
-from figures.small_model import given, model
+from figures.small_model import WISH, given, model
 from minqwen.images import pack_latents
 
-WISH, SCENE = "make the star green", ROOT / "data/pictures/scene.png"  # an edit that the small model gets right
 STEPS = 8  # of an edit
 NOISES = 4  # so many different noises are mixed into its result
 PHOTO, CORNER = ROOT / "data/pictures/coffee.png", (70, 0, 470, 400)

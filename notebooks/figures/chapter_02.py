@@ -19,11 +19,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, show
-from figures.small_model import given, model
+from figures.small_model import WISH, given, model
 from minqwen import attention
 from minqwen.images import pack_latents
 
-WISH = "make the star green"
 STEPS = 8  # of an edit
 Place = Callable[[Tensor, list], Tensor]  # queries or keys (B, N, H, D) and the pictures' shapes -> the same, placed
 

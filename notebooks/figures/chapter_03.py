@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from course import BLUE, GREEN, GREY, ORANGE, RED, show
-from figures.small_model import given, model
+from figures.small_model import WISH, given, model
 from minqwen import attention as library
 from minqwen.prompt import EDIT, tokenize_prompts
 
-WISH, WORD = "make the star green", "green"
+WORD = "green"  # of WISH
 WISHES = {"make the star green": "green", "make the circle green": "green", "make the heart green": "green"}
 SIDE = 4  # tokens on a side of the picture
 PICTURE = SIDE * SIDE  # its tokens

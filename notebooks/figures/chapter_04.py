@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from course import BLUE, GREEN, GREY, ORANGE, RED, show
-from figures.chapter_03 import WISH, edit, given, model
+from figures.chapter_03 import edit
+from figures.small_model import WISH, given, model
 from minqwen import block as library
 from minqwen.images import pack_latents, pixels_to_image, unpack_latents
 from minqwen.sampling import denoise, get_sigmas

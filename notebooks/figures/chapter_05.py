@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from course import BLUE, GREY, ORANGE, RED, ROOT, show
+from course import BLUE, GREY, ORANGE, RED, show
+from figures.small_model import SCENE, WISH
 from figures.small_model import model as pipeline
 from minqwen.difference import record
 from minqwen.images import pack_latents
 from minqwen.world import sample_edit
 
-PICTURE, WISH = ROOT / "data/pictures/scene.png", "make the star green"
 STEPS = 8  # of an edit
 STOP = 3  # the step at which `one_moment` stops it
 FITTED_ON, LEVELS = 24, (1.0, 0.8, 0.6, 0.3)  # edits, noise levels of each, on which read-outs are fitted
@@ -37,7 +37,7 @@ KINDS = {"modulation": "_mod.", "attention": ".attn.", "MLP": "_mlp."}
 @cache
 def given() -> Image.Image:
     """The picture to edit, as the pipeline resizes it."""
-    return pipeline().resize_references([Image.open(PICTURE).convert("RGB")])[0][0]
+    return pipeline().resize_references([Image.open(SCENE).convert("RGB")])[0][0]
 
 
 def edit(model: nn.Module | None = None, callback: Callable | None = None) -> Image.Image:

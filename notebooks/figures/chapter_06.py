@@ -16,14 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, show, style
-from figures.small_model import given, model
+from figures.small_model import WISH, given, model
 from minqwen.images import image_to_pixels, pixels_to_image
 from minqwen.vae import LATENTS_MEAN, LATENTS_STD, AutoencoderKLQwenImage
 
-SCENE = ROOT / "data/pictures/scene.png"  # what the shipped checkpoint was trained on
 PHOTO = ROOT / "data/pictures/coffee.png"
-WISH = "make the star green"  # an edit of the scene
-STEPS = 4  # of that edit
+STEPS = 4  # of an edit of the scene
 Pair = tuple[nn.Module, nn.Module]  # encoder and decoder, as the lesson trains them
 
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from course import BLUE, GREEN, GREY, ORANGE, RED, ROOT, TIER, TINY, show
+from course import BLUE, GREEN, GREY, ORANGE, RED, TINY, show
+from figures.small_model import FULL, WHOLE_SCENE, WHOLE_WISH
 from figures.small_model import whole_model as model
 from minqwen.images import pack_latents, pixels_to_image, unpack_latents
 from minqwen.pipeline import QwenImagePipeline, starting_noise
@@ -23,9 +24,7 @@ from minqwen.prompt import pad_prompts
 from minqwen.sampling import denoise, get_sigmas, guide
 from minqwen.world import judge, sample_edit
 
-FULL = TIER == "full"
-PICTURE = "coffee.png" if FULL else "scene.png"  # in data/pictures
-WISH = "replace the coffee with green tea" if FULL else "make the star green"
+WISH = WHOLE_WISH  # of the lesson, too
 DRAWN = "a coffee cup made of green glass" if FULL else "a red circle at the top left"
 STEPS, SCALE = (50, 4.0) if FULL else (8, 2.0)  # of that edit
 ROUNDING = 32 if FULL else 1  # levels of 255 by which two ways to compute the same picture may differ: bf16, or float32
@@ -188,7 +187,7 @@ def shares(x: Tensor, said: Tensor) -> dict[str, float]:
 
 @cache
 def given() -> Image.Image:
-    return Image.open(ROOT / "data/pictures" / PICTURE)
+    return Image.open(WHOLE_SCENE)
 
 
 def apart(a: Image.Image, b: Image.Image) -> int:

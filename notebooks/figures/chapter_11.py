@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from course import BLUE, GREEN, GREY, ORANGE, RED, TINY, matrix
-from figures.small_model import given
+from figures.small_model import WISH, given
 from figures.small_model import model as pipeline
 from minqwen.doctor import Machine, released
 from minqwen.images import pack_latents
@@ -29,7 +29,6 @@ from minqwen.prompt import pad_prompts
 from minqwen.sampling import denoise, get_sigmas
 from minqwen.world import KINDS, Edit, judge, sample_edit
 
-WISH = "make the star green"  # what is done to the scene
 STEPS = 8  # of an edit, without guidance
 COUNT, SEED = 20, 3 * 10**8  # edits that are counted, on scenes that no training used
 STRENGTH = 0.15  # of the random adapter: its edits are to differ visibly

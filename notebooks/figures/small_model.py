@@ -7,7 +7,11 @@ from PIL import Image
 from course import MODEL, ROOT, TIER, TINY
 from minqwen.pipeline import PARTS, QwenImagePipeline
 
-SCENE = ROOT / "data/pictures/scene.png"
+SCENE, WISH = ROOT / "data/pictures/scene.png", "make the star green"  # an edit that the small model gets right
+FULL = TIER == "full"
+# What the model of the tier is asked for.
+WHOLE_SCENE = ROOT / "data/pictures/coffee.png" if FULL else SCENE
+WHOLE_WISH = "replace the coffee with green tea" if FULL else WISH
 
 
 @cache
@@ -19,7 +23,7 @@ def model() -> QwenImagePipeline:
 @cache
 def whole_model() -> QwenImagePipeline:
     """The model of the tier: the small one, or in the tier full the released one."""
-    return _frozen(QwenImagePipeline.from_pretrained(MODEL)) if TIER == "full" else model()
+    return _frozen(QwenImagePipeline.from_pretrained(MODEL)) if FULL else model()
 
 
 @cache
