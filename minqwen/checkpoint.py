@@ -93,7 +93,7 @@ class Checkpoint:
         if files[0].endswith(".index.json"):
             index = self.config(files[0])
             named, meta = index.get("weight_map"), index.get("metadata")
-            for file in named.values() if isinstance(named, dict) else [None]:
+            for file in named.values() if named and isinstance(named, dict) else [None]:
                 if not re.fullmatch(r"[^/\\:]+\.safetensors", str(file)):
                     index = f"{self.source}/{files[0]}"
                     raise ValueError(f"{index} points to {file!r}; only safetensors files beside it are opened")

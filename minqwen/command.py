@@ -11,6 +11,7 @@ Tests: tests/test_edit_command.py.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -97,6 +98,7 @@ def one_line(command: str, interrupted: str = "interrupted", status: int = 130) 
 
     interrupted, status: what it says and ends with at Ctrl-C.
     """
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # a service has none, and a bar needs it
     with suppress(AttributeError):  # of what stands in for a console
         sys.stdout.reconfigure(errors="replace")  # one of Windows may lack a letter of a folder's name
     try:

@@ -24,12 +24,12 @@ from PIL import Image
 
 from minqwen.checkpoint import Checkpoint
 from minqwen.command import Parser, model_options, number, one_line, open_pipeline, read_picture
-from minqwen.files import whole_file
-from minqwen.images import MAX_AREA, MAX_SIDE
+from minqwen.files import content_of, whole_file
+from minqwen.images import MAX_AREA, MAX_SIDE, expect_no_strip
 from minqwen.lightning import load_lightning, steps_of
 from minqwen.lora import load_lora
 from minqwen.parallel import joined, rank
-from minqwen.pipeline import PARTS, QwenImagePipeline
+from minqwen.pipeline import PARTS, QwenImagePipeline, area_seen
 from minqwen.plans import WAYS
 from minqwen.prompt import IMAGE_PAD
 from minqwen.shrink import adapters_of
@@ -75,7 +75,7 @@ def output(text: str) -> Path:
 
 def free_name(pictures: list[str]) -> Path:
     """A name in this folder that no file has."""
-    stem = f"{Path(pictures[0]).stem}_edited" if pictures else "drawn"
+    stem = f"{Path(pictures[0]).stem[:50]}_edited" if pictures else "drawn"
     names = (Path(f"{stem}_{n}.png" if n > 1 else f"{stem}.png") for n in count(1))
     return next(path for path in names if not path.exists())
 
@@ -101,9 +101,13 @@ def check_together(parser: Parser, asked: argparse.Namespace) -> None:
         parser.error(f"--out {out} is {'a folder' if out.is_dir() else 'one of the pictures'}: choose another name")
 
 
-def open_model(asked: argparse.Namespace) -> QwenImagePipeline:
+def open_model(asked: argparse.Namespace, pictures: list[Image.Image]) -> QwenImagePipeline:
     """The pipeline with its adapters. What its small files tell is looked at before the large ones are opened."""
-    open_pipeline(asked, tuple(PARTS)).check_pictures(len(asked.pictures))
+    light = open_pipeline(asked, tuple(PARTS))
+    light.check_pictures(len(pictures))
+    for path, picture in zip(asked.pictures, pictures, strict=True):
+        with content_of(path):
+            expect_no_strip(*picture.size, area_seen(light.edit_template, asked.area or light.area))
     if not asked.lora:
         return open_pipeline(asked, memory=asked.memory)
     adapters_of(Checkpoint(asked.model), asked.lora)
@@ -131,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
         pictures = [read_picture(path) for path in asked.pictures]
         with joined(asked.device) as asked.device:
             start = time.perf_counter()
-            pipe = open_model(asked)
+            pipe = open_model(asked, pictures)
             loaded = time.perf_counter()
             image = pipe.edit(pictures, area=asked.area, **how) if pictures else pipe.generate(**how)
             if rank():

@@ -15,6 +15,7 @@ import os
 import re
 import struct
 from contextlib import suppress
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,21 @@ def calculate_dimensions(area: int, ratio: float) -> tuple[int, int]:
     Multiples of 32, never below 32; halves round to even, as Python's round does. ValueError for an area that
     is not from 1 to 2**26 or a ratio outside 1/200 to 200. Source: diffusers' pipeline_qwenimage_edit.py.
     """
-    if not 0 < area <= MAX_AREA:
-        raise ValueError(f"area must be a number of pixels up to {MAX_AREA}, got {area}")
+    if not (isinstance(area, Real) and 0 < area <= MAX_AREA):
+        raise ValueError(f"area must be a number of pixels up to {MAX_AREA}, got {area!r}")
     if not 1 / MAX_RATIO <= ratio <= MAX_RATIO:
         raise ValueError(f"width / height must be 1/{MAX_RATIO} to {MAX_RATIO}, got {ratio}: crop first")
     width = math.sqrt(area * ratio)
     height = width / ratio
     return max(STEP, round(width / STEP) * STEP), max(STEP, round(height / STEP) * STEP)
+
+
+def expect_no_strip(width: int, height: int, area: int) -> None:
+    """Raise ValueError for a picture that is too long, given or once its sides are multiples of 32 near an area."""
+    within = 1 / MAX_RATIO <= width / height <= MAX_RATIO
+    sides = calculate_dimensions(area, width / height) if within else (width, height)
+    if max(sides) > MAX_RATIO * min(sides):
+        raise ValueError(f"{width}x{height} pixels: one side is over {MAX_RATIO} times the other at work, crop first")
 
 
 def load_image(image: Image.Image | str | Path) -> Image.Image:
@@ -90,7 +99,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     kind = tile[0][3] if tile and key is not None else None  # the file's bits, known until the pixels are read
     if kind in ("L;2", "L;4"):  # Pillow makes 8 bits of the pixels, and not of the colour that is transparent
         image.info["transparency"] = key * (85 if kind == "L;2" else 17)
-    if kind == "RGB;16B":
+    if kind == "RGB;16B" or (isinstance(key, tuple) and max(key) > 255):
         image.info["transparency"] = tuple(level >> 8 for level in key)
     image.load()  # a cut-off file shows itself only when its pixels are read
     rgb, orientation = _to_rgb(image), _orientation(image)

@@ -26,6 +26,7 @@ DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.
 UP = (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight")
 ENDINGS = dict.fromkeys(DOWN, "down") | dict.fromkeys(UP, "up") | {".alpha": "alpha"}
 REFUSED = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA"}
+REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # beginnings that take something out of the base weights
 PATTERNS = ("rank_pattern", "alpha_pattern")  # of settings: what single layers have of their own
 METADATA = "lora_adapter_metadata"  # where diffusers keeps rank and alpha, as JSON
 
@@ -72,6 +73,8 @@ def check_config(config: dict) -> None:
     for key, known in (("peft_type", (None, "LORA")), ("use_rslora", (None, False, True))):
         if config.get(key) not in known:
             raise ValueError(f"{key} is {config[key]!r}: minqwen reads plain LoRA only")
+    if str(start := config.get("init_lora_weights")).split("_niter")[0] in REBASED:
+        raise ValueError(f"init_lora_weights {start!r} changes the base too: have peft convert it to plain LoRA")
     if config.keys() & {"r", "use_rslora", *PATTERNS} and "lora_alpha" not in config:
         raise ValueError("lora_alpha is missing, so the scale is not known")
 

@@ -153,6 +153,18 @@ def add_up_gradients(parameters: list[nn.Parameter]) -> None:
             each.grad = grad.view_as(each)
 
 
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """torch's own error, which no `except Exception` catches, as an OSError that begins so."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise OSError(f"{what} {str(cause).strip().splitlines()[0]}") from None
+
+
 class Shards:
     """What training every weight keeps, as a part of a Run: in two folders beside its state file, used by turns, each
     process its own part; any number of processes goes on from there."""
@@ -174,7 +186,8 @@ class Shards:
         if not rank():
             shutil.rmtree(self.folder / self.last, ignore_errors=True)
         wait()
-        save(self.state(), checkpoint_id=self.folder / self.last, no_dist=size() == 1)
+        with named(f"cannot write {self.folder / self.last}: is the disk full?"):
+            save(self.state(), checkpoint_id=self.folder / self.last, no_dist=size() == 1)
         return {"folder": self.last}
 
     def load_state_dict(self, saved: dict[str, str]) -> None:
@@ -183,7 +196,8 @@ class Shards:
 
         self.last, state = saved["folder"], self.state()
         some = DefaultLoadPlanner(allow_partial_load=True)  # what no gradient reached has no state in the optimiser
-        load(state, checkpoint_id=self.folder / self.last, planner=some, no_dist=size() == 1)
+        with named(f"cannot read {self.folder / self.last}:"):
+            load(state, checkpoint_id=self.folder / self.last, planner=some, no_dist=size() == 1)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 

@@ -165,7 +165,7 @@ class QwenImagePipeline:
         generator: source of the starting noise; latents: the noise itself, packed (1, tokens, 64).
         callback(step, sigma, latents, velocity) runs after each prediction, with the packed latents it was made on.
         Raises ValueError for prompts, numbers, sizes or latents that do not fit, TypeError for a prompt that is no
-        text, FloatingPointError when the numbers overflow.
+        text and latents that are no tensor, FloatingPointError when the numbers overflow.
         """
         walk = (num_inference_steps, generator, latents, callback, progress)
         return self._paint([], None, prompt, width, height, negative_prompt, true_cfg_scale, *walk)
@@ -205,6 +205,8 @@ class QwenImagePipeline:
         h, w = height // 16, width // 16
         if latents is None:
             latents = starting_noise(h, w, generator)
+        elif not isinstance(latents, torch.Tensor):
+            raise TypeError(f"latents must be a tensor, got {type(latents).__name__}")
         elif latents.shape != (1, h * w, 64):
             raise ValueError(f"latents must be packed noise of shape (1, {h * w}, 64), got {tuple(latents.shape)}")
         sigmas = get_sigmas(steps, h * w, **self.schedule)
@@ -263,7 +265,7 @@ class QwenImagePipeline:
         references = [_resize_to(area, image) for image in images]
         if self.edit_template is not EDIT_PLUS:
             return references, references
-        return references, [_resize_to(min(CONDITION_AREA, area), image) for image in images]
+        return references, [_resize_to(area_seen(EDIT_PLUS, area), image) for image in images]
 
     @torch.inference_mode()
     def encode_prompt(
@@ -297,6 +299,11 @@ class QwenImagePipeline:
         tile = TILE if width * height > TILE_ABOVE else None
         latents = unpack_latents(latents, height // 8, width // 8).to(self.device, self.dtype)
         return pixels_to_image(self.vae.decode(self.vae.denormalize(latents), tile=tile))
+
+
+def area_seen(template, area: int) -> int:
+    """Pixels of the copy of a picture that the text encoder looks at."""
+    return min(CONDITION_AREA, area) if template is EDIT_PLUS else area
 
 
 def starting_noise(h: int, w: int, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -31,10 +31,10 @@ from tqdm import tqdm
 from minqwen import parallel
 from minqwen.command import Parser, model_options, number, one_line, open_pipeline
 from minqwen.files import content_of, open_weights, read_json, save_weights, whole_file, write_json
-from minqwen.images import MAX_AREA, MAX_RATIO, calculate_dimensions, load_image
-from minqwen.pipeline import AREA, CONDITION_AREA, PARTS, QwenImagePipeline
-from minqwen.prompt import EDIT_PLUS, T2I
-from minqwen.run import locked
+from minqwen.images import MAX_AREA, calculate_dimensions, expect_no_strip, load_image
+from minqwen.pipeline import AREA, PARTS, QwenImagePipeline, area_seen
+from minqwen.prompt import T2I
+from minqwen.run import control_names, locked
 from minqwen.tokenizer import IMAGE_PAD
 
 FORMAT = "3"  # raise it when the same files give other numbers, or lie in the file in another way
@@ -77,7 +77,7 @@ def find_sources(img_dir: Folder, control_dir: Folders = None, area: int = AREA,
         problems += [f"{path}: no control picture {s} in {folder}{why}" for path, s, why in missing]
         problems += [f"{path}: a control for no target" for s, path in found.items() if s not in targets]
     words = {stem: _tried(_read_caption, captions[stem], problems) for stem in targets if stem in captions}
-    seen = min(area, CONDITION_AREA) if template is EDIT_PLUS else area
+    seen = area_seen(template, area)
     seen_at = dict.fromkeys(targets.values(), UNSEEN) | {path: seen for found in controls for path in found.values()}
     with ThreadPoolExecutor() as pool:
         looks = pool.map(lambda path: _tried(_digest, path, problems, seen_at[path]), seen_at)
@@ -137,11 +137,7 @@ def _digest(path: Path, seen: int) -> str:
 
     seen: pixels of the copy that the text encoder looks at; rounded to multiples of 32, it may be longer still.
     """
-    width, height = load_image(path).size
-    within = 1 / MAX_RATIO <= width / height <= MAX_RATIO
-    sides = calculate_dimensions(seen, width / height) if within else (width, height)
-    if max(sides) > MAX_RATIO * min(sides):
-        raise ValueError(f"{width}x{height} pixels: one side is over {MAX_RATIO} times the other at work, crop first")
+    expect_no_strip(*load_image(path).size, seen)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -244,18 +240,13 @@ class Precomputed(torch.utils.data.Dataset):
             return self.kept[i]
         with open_weights(self.kept[i]) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        control = tuple(tensors[name] for name in _control_names(len(tensors) - 3))
+        control = tuple(tensors[name] for name in control_names(len(tensors) - 3))
         return Sample(self.names[i], tensors["latents"], control, tensors["embeds"], tensors["empty"])
-
-
-def _control_names(count: int) -> list[str]:
-    """Of the tensors in a sample's file: control, control_2, control_3, ..."""
-    return ["control", *(f"control_{n}" for n in range(2, count + 1))][:count]
 
 
 def _write_sample(file: Path, sample: Sample, recipe: dict[str, str]) -> None:
     tensors = {"latents": sample.latents, "embeds": sample.embeds, "empty": sample.empty}
-    tensors |= zip(_control_names(len(sample.control)), sample.control, strict=True)
+    tensors |= zip(control_names(len(sample.control)), sample.control, strict=True)
     with whole_file(file) as path:
         save_weights(tensors, path, recipe | {"key": file.stem, "name": sample.name})
 
@@ -355,7 +346,8 @@ def main(arguments: list[str] | None = None) -> None:
         light.check_pictures(len(sources[0].pictures) - 1)
         pipe = open_pipeline(asked, ("transformer",), "auto")
         done = _precompute(pipe, sources, asked.cache, area, not asked.quiet, asked.prune)
-        print(f"{len(done)} samples in {asked.cache}: {done.computed} computed, {done.reused} reused")
+        (width, height), made = calculate_dimensions(area, 1.0), f"{done.computed} computed, {done.reused} reused"
+        print(f"{len(done)} samples of about {width}x{height} pixels in {asked.cache}: {made}")
         if others := set(Path(asked.cache).glob("*.safetensors")) - set(done.kept):
             print(f"{len(others)} more files there belong to no sample of this run; --prune deletes them")
 

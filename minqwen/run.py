@@ -158,7 +158,8 @@ def look_at(dataset: Sequence, config: dict) -> tuple[list[list[int]], str]:
     for i in range(len(dataset)):
         name, key, shapes = described(kept[i])
         for part, shape in shapes.items():
-            wanted = (1, *shape[-2:-1], text) if part in TEXTS else (1, latents, 1, *shape[-2:])
+            even = (max(2, side - side % 2) for side in shape[-2:])
+            wanted = (1, max(1, *shape[-2:-1], 1), text) if part in TEXTS else (1, latents, 1, *even)
             if shape != wanted:
                 hint = "the cache is of another model, run python -m minqwen.precompute with this one's --model"
                 raise ValueError(f"{name}: {part} {tuple(shape)}, where the model takes {wanted}: {hint}")
@@ -178,9 +179,14 @@ def described(sample) -> tuple[str, str, dict[str, tuple[int, ...]]]:
     with open_weights(sample) as file:
         key = (file.metadata() or {}).get("key", sample.stem)  # caches of format 1 have none
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    if key != sample.stem or not {"latents", *TEXTS} <= shapes.keys():
+    if key != sample.stem or shapes.keys() != {"latents", *TEXTS, *control_names(len(shapes) - 3)}:
         raise ValueError(f"{sample} is no sample of this cache: delete it, and run python -m minqwen.precompute again")
     return str(sample), key, shapes
+
+
+def control_names(count: int) -> list[str]:
+    """Of the tensors in a sample's file: control, control_2, control_3, ..."""
+    return ["control", *(f"control_{n}" for n in range(2, count + 1))][: max(0, count)]
 
 
 def tensors_of(sample) -> dict[str, Tensor]:

@@ -74,6 +74,8 @@ def resolution_shift(
         raise ValueError(f"scheduler config not computed here: {on or (time_shift_type, use_dynamic_shifting)}")
     if not use_dynamic_shifting:
         expect_numbers(shift=shift)
+        if shift <= 0:
+            raise ValueError(f"shift must be above 0, got {shift}")
         return shift
     ends = {"base_image_seq_len": base_image_seq_len, "max_image_seq_len": max_image_seq_len}
     expect_numbers(base_shift=base_shift, max_shift=max_shift, **ends)

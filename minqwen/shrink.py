@@ -30,7 +30,7 @@ from minqwen.command import Parser, number, one_line
 from minqwen.files import content_of, open_weights, read_json, whole_file, write_json
 from minqwen.lightning import SCHEDULE, steps_of
 from minqwen.lora_files import read_lora
-from minqwen.quantize import FORMAT, GROUP, bits_of, check_bits, quantize
+from minqwen.quantize import FORMAT, GROUP, bits_of, quantize
 from minqwen.run import digest, locked
 from minqwen.text_encoder import released_name
 from minqwen.transformer import QwenImageTransformer2DModel
@@ -64,7 +64,8 @@ def shrink(
     Raises ValueError for other bits, a checkpoint that is shrunk already, a folder that holds something else, and a
     LoRA that does not fit; OSError where the disk has no room or a source cannot be read.
     """
-    check_bits(bits)
+    if bits not in (8, 4):
+        raise ValueError(f"bits={bits!r}: linear layers are written with 8 bits or 4")
     source, out = Checkpoint(path_or_repo), Path(out)
     adapters, unmatched = adapters_of(source, lora, lora_scale) if lora else ({}, [])
     if unmatched:
@@ -169,6 +170,8 @@ def shrunk(tensors: dict[str, Tensor], bits: int, adapters: dict[str, tuple[Tens
     """A block's tensors, adapters added, and codes with their scales in place of the weights of linear layers."""
     smaller = {}
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} holds whole numbers without their scales: no released checkpoint does")
         if name in adapters:
             down, up = adapters[name]
             tensor = (tensor.float() + up @ down).to(tensor.dtype)

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minqwen.checkpoint import refuse_uncomputed
+from minqwen.files import expect_numbers
 from minqwen.vision import Qwen2_5_VLVisionTower, RMSNorm, SwiGLU, inverse_frequencies, rotate
 
 
@@ -72,6 +73,7 @@ class Qwen2_5_VLTextModel(nn.Module):
         mrope_section: tuple[int, int, int] = (16, 24, 24),  # channel pairs that turn with time, row, column
     ):
         super().__init__()
+        expect_numbers(rope_theta=rope_theta, rms_norm_eps=rms_norm_eps)
         heads, kv_heads, section = num_attention_heads, num_key_value_heads, tuple(mrope_section)
         if heads % kv_heads or len(section) != 3 or 2 * sum(section) * heads != hidden_size:
             raise ValueError(f"sizes do not fit: {hidden_size=}, {heads=}, {kv_heads=}, mrope_section {section}")

@@ -10,7 +10,7 @@ Matches transformers' Qwen2Tokenizer (tests/test_tokenizer.py). Chapter 07.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -47,7 +47,10 @@ def load_tokenizer(folder) -> Tokenizer:
         tokenizer = _byte_level_bpe(vocab, merges, added)
     else:
         with content_of(merges):
-            tokenizer = Tokenizer.from_str(json.dumps(read_json(merges)))
+            whole = read_json(merges)
+            pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in whole["model"]["merges"])
+            _fit(whole["model"]["vocab"], pairs, {token["content"] for token in whole["added_tokens"]})
+            tokenizer = Tokenizer.from_str(json.dumps(whole))
         tokenizer.no_truncation()
         tokenizer.no_padding()
     if missing := [token for token in NEEDED if tokenizer.token_to_id(token) is None]:
@@ -71,17 +74,21 @@ def _byte_level_bpe(vocab: Path, merges: Path, added: dict[int, AddedToken]) -> 
 
 
 def _bpe(vocab: Path, merges: Path, added: set[str]) -> models.BPE:
-    """The pieces are 256 bytes and what each merge makes, no more and no fewer: so a file that was cut off is found."""
     pieces = read_json(vocab)
     with content_of(f"{vocab} with {merges}"):
         lines = merges.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         pairs = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
-        made = {"".join(pair) for pair in pairs} | set(pre_tokenizers.ByteLevel.alphabet())
-        odd = sorted((pieces.keys() - (added - made)) ^ made)
-        if odd or sorted(pieces.values()) != list(range(len(pieces))):
-            what = f"{len(odd)} pieces stand in one of them only: {str(odd[:3])[:200]}" if odd else "ids come twice"
-            raise ValueError(f"one is damaged, or they do not belong together ({what}): fetch both again")
+        _fit(pieces, pairs, added)
         return models.BPE(pieces, pairs)
+
+
+def _fit(pieces: dict[str, int], pairs: Iterable[Sequence[str]], added: set[str]) -> None:
+    """The pieces are 256 bytes and what each merge makes, no more and no fewer: so a file that was cut off is found."""
+    made = {"".join(pair) for pair in pairs} | set(pre_tokenizers.ByteLevel.alphabet())
+    odd = sorted((pieces.keys() - (added - made)) ^ made)
+    if odd or sorted(pieces.values()) != list(range(len(pieces))):
+        what = f"{len(odd)} pieces stand in one of them only: {str(odd[:3])[:200]}" if odd else "ids come twice"
+        raise ValueError(f"pieces or merges are damaged, or do not belong together ({what}): fetch both again")
 
 
 def _added_tokens(find: Callable[..., Path | None]) -> dict[int, AddedToken]:

@@ -262,6 +262,10 @@ class AutoencoderKLQwenImage(nn.Module):
             raise ValueError(f"{temperal_downsample=} must be one shorter than {dim_mult=}")
         self.factor = 2 ** len(temperal_downsample)  # pixels to a latent, each way: 8
         self.latents_mean, self.latents_std = (tuple(map(float, each)) for each in (latents_mean, latents_std))
+        counts = {len(self.latents_mean), len(self.latents_std)}
+        right = counts <= {z_dim, len(LATENTS_MEAN)} and min(self.latents_std) > 0
+        if not (right and all(map(math.isfinite, (*self.latents_mean, *self.latents_std)))):
+            raise ValueError(f"latents_mean and latents_std must be {z_dim} numbers each, those of latents_std above 0")
         self.encoder = Encoder(base_dim, z_dim, dim_mult, num_res_blocks, temperal_downsample)
         self.quant_conv = CausalConv2d(2 * z_dim, 2 * z_dim, 1)
         self.post_quant_conv = CausalConv2d(z_dim, z_dim, 1)

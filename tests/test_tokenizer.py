@@ -135,7 +135,7 @@ def test_merges_that_lost_lines_are_found(released_form, tmp_path, keep):
         head, *lines = data.splitlines(keepends=True)
         return head + b"".join(lines[keep])
 
-    with pytest.raises(ValueError, match="merges.txt: one is damaged, or they do not belong together .[0-9]+ pieces"):
+    with pytest.raises(ValueError, match="merges.txt: pieces or merges are damaged, or .* together .[0-9]+ pieces"):
         load_tokenizer(damaged(released_form, tmp_path, "merges.txt", harm))
 
 
