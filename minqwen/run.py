@@ -178,8 +178,10 @@ def described(sample) -> tuple[str, str, dict[str, tuple[int, ...]]]:
         return sample.name, digest([sample.name, *words, *tensors.values()]), {n: t.shape for n, t in tensors.items()}
     with open_weights(sample) as file:
         key = (file.metadata() or {}).get("key", sample.stem)  # caches of format 1 have none
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    if key != sample.stem or shapes.keys() != {"latents", *TEXTS, *control_names(len(shapes) - 3)}:
+        parts = {name: file.get_slice(name) for name in file.keys()}
+        shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+        floats = all("F" in part.get_dtype() for part in parts.values())
+    if key != sample.stem or not floats or shapes.keys() != {"latents", *TEXTS, *control_names(len(shapes) - 3)}:
         raise ValueError(f"{sample} is no sample of this cache: delete it, and run python -m minqwen.precompute again")
     return str(sample), key, shapes
 

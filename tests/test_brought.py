@@ -156,7 +156,8 @@ def sample(pipe, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("name", "tensor", "words"),
     [("controls", torch.zeros(1), "is no sample"), ("latents", torch.zeros(1, 16, 1, 7, 8), "latents"),
-     ("latents", torch.zeros(1, 16, 1, 0, 8), "latents"), ("embeds", torch.zeros(1, 0, 128), "embeds")],
+     ("latents", torch.zeros(1, 16, 1, 0, 8), "latents"), ("embeds", torch.zeros(1, 0, 128), "embeds"),
+     ("latents", torch.zeros(1, 16, 1, 8, 8, dtype=torch.int32), "is no sample")],
 )  # fmt: skip
 def test_a_sample_that_was_altered_is_named(name, tensor, words, sample, pipe):
     whole = sample.read_bytes()
