@@ -22,9 +22,9 @@ from PIL import Image
 
 from minqwen.checkpoint import choose_device
 from minqwen.files import content_of
-from minqwen.images import calculate_dimensions, load_image
+from minqwen.images import UNSEEN, expect_no_strip, load_image
 from minqwen.parallel import first_to_say
-from minqwen.pipeline import AREA, QwenImagePipeline
+from minqwen.pipeline import QwenImagePipeline, area_seen
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,11 +84,14 @@ def open_pipeline(
     return QwenImagePipeline.from_pretrained(asked.model, asked.device, dtype, without, memory)
 
 
-def read_picture(path: str) -> Image.Image:
-    """A picture that is given to a command; ValueError that names it, also where it is too long."""
+def read_picture(path: str, light: QwenImagePipeline | None = None, area: int | None = None) -> Image.Image:
+    """A picture that is given to a command; ValueError that names it, also where it is too long.
+
+    light: the pipeline that will work on it, without weights; area: its working size there, if not the default.
+    """
     image = load_image(path)
     with content_of(path):
-        calculate_dimensions(AREA, image.width / image.height)
+        expect_no_strip(*image.size, area_seen(light.edit_template, area or light.area) if light else UNSEEN)
     return image
 
 

@@ -24,12 +24,12 @@ from PIL import Image
 
 from minqwen.checkpoint import Checkpoint
 from minqwen.command import Parser, model_options, number, one_line, open_pipeline, read_picture
-from minqwen.files import content_of, whole_file
-from minqwen.images import MAX_AREA, MAX_SIDE, expect_no_strip
+from minqwen.files import whole_file
+from minqwen.images import MAX_AREA, MAX_SIDE
 from minqwen.lightning import load_lightning, steps_of
 from minqwen.lora import load_lora
 from minqwen.parallel import joined, rank
-from minqwen.pipeline import PARTS, QwenImagePipeline, area_seen
+from minqwen.pipeline import PARTS, QwenImagePipeline
 from minqwen.plans import WAYS
 from minqwen.prompt import IMAGE_PAD
 from minqwen.shrink import adapters_of
@@ -101,13 +101,12 @@ def check_together(parser: Parser, asked: argparse.Namespace) -> None:
         parser.error(f"--out {out} is {'a folder' if out.is_dir() else 'one of the pictures'}: choose another name")
 
 
-def open_model(asked: argparse.Namespace, pictures: list[Image.Image]) -> QwenImagePipeline:
+def open_model(asked: argparse.Namespace) -> QwenImagePipeline:
     """The pipeline with its adapters. What its small files tell is looked at before the large ones are opened."""
     light = open_pipeline(asked, tuple(PARTS))
-    light.check_pictures(len(pictures))
-    for path, picture in zip(asked.pictures, pictures, strict=True):
-        with content_of(path):
-            expect_no_strip(*picture.size, area_seen(light.edit_template, asked.area or light.area))
+    light.check_pictures(len(asked.pictures))
+    for path in asked.pictures:
+        read_picture(path, light, asked.area)
     if not asked.lora:
         return open_pipeline(asked, memory=asked.memory)
     adapters_of(Checkpoint(asked.model), asked.lora)
@@ -135,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
         pictures = [read_picture(path) for path in asked.pictures]
         with joined(asked.device) as asked.device:
             start = time.perf_counter()
-            pipe = open_model(asked, pictures)
+            pipe = open_model(asked)
             loaded = time.perf_counter()
             image = pipe.edit(pictures, area=asked.area, **how) if pictures else pipe.generate(**how)
             if rank():

@@ -52,7 +52,7 @@ def expect_numbers(**given: float) -> None:
 def read_json(path: Path) -> dict:
     """The JSON object in a small file. Raises ValueError that names the file if it holds anything else."""
     try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
+        return {**json.loads(path.read_text(encoding="utf-8-sig"))}
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} holds no JSON object ({error}): fetch it again") from None
 

@@ -286,9 +286,8 @@ def open_model(asked: argparse.Namespace, without: tuple[str, ...]) -> QwenImage
         return open_pipeline(asked, without, "turns" if asked.levels else "resident")
     pipe, device = open_pipeline(asked, (*without, "transformer")), choose_device(asked.device)
     dtype = getattr(torch, asked.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    pipe.transformer = parallel.load_sharded(
-        Checkpoint(asked.model), PARTS["transformer"], "transformer", device, dtype
-    )
+    source, kind = Checkpoint(asked.model), PARTS["transformer"]
+    pipe.transformer = parallel.load_sharded(source, kind, "transformer", device, dtype)
     return pipe
 
 
@@ -300,11 +299,13 @@ def main(arguments: list[str] | None = None) -> None:
     if asked.preview_image and not asked.preview_prompt:
         parser.error("--preview-image without --preview-prompt: say what to do with it")
     keywords = {each.name: getattr(asked, each.name) for each in fields(Settings)}
-    " ".join((asked.cache, asked.out, asked.model)).encode()  # safetensors takes no other names
+    for path in (asked.cache, asked.out, asked.model):
+        path.encode()  # safetensors takes no other names
     dataset = Precomputed.open(asked.cache)  # looked at before minutes are spent on loading a model
     look_at(dataset, Checkpoint(asked.model).config("transformer/config.json"))
     Path(asked.out).mkdir(parents=True, exist_ok=True)
-    image = asked.preview_image and read_picture(asked.preview_image)
+    if image := asked.preview_image and read_picture(asked.preview_image):
+        read_picture(asked.preview_image, open_pipeline(asked, tuple(PARTS)))  # is it too long where that model works?
     prompt = asked.preview_prompt
     with parallel.joined(asked.device) as asked.device:
         pipe = open_model(asked, () if prompt else ("text_encoder", "vae"))

@@ -25,6 +25,7 @@ from PIL import ExifTags, Image, ImageOps
 
 STEP = 32  # the VAE's 8 times the packing's 2 would ask for 16; Qwen-Image rounds to 32
 MAX_RATIO = 200
+UNSEEN = 32 * 32  # the size at which no picture is too long, for what the text encoder does not look at
 MAX_AREA = 2**26  # pixels
 MAX_SIDE = 2**14
 PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # what a PNG cannot do without
@@ -157,7 +158,7 @@ def pixels_to_image(pixels: torch.Tensor) -> Image.Image:
         raise ValueError(f"expected pixels of shape (1, 3, 1, H, W), got {tuple(pixels.shape)}")
     pixels = rearrange(pixels.detach().float().cpu(), "1 c 1 h w -> h w c")
     if pixels.isnan().any():
-        raise ValueError("the pixels hold NaN: the model overflowed; use bfloat16 or float32, not float16")
+        raise ValueError("the pixels hold NaN: the autoencoder's weights do, or they overflow, as in float16")
     levels = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(levels.numpy())
 

@@ -13,6 +13,7 @@ Chapter 09.
 
 import os
 import warnings
+from numbers import Integral
 
 import torch
 from PIL import Image
@@ -209,6 +210,8 @@ class QwenImagePipeline:
             raise TypeError(f"latents must be a tensor, got {type(latents).__name__}")
         elif latents.shape != (1, h * w, 64):
             raise ValueError(f"latents must be packed noise of shape (1, {h * w}, 64), got {tuple(latents.shape)}")
+        elif not latents.isfinite().all():
+            raise ValueError("latents hold numbers that are not finite")
         sigmas = get_sigmas(steps, h * w, **self.schedule)
 
         scale = self.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
@@ -335,7 +338,8 @@ def _expect_finite(flags: list[torch.Tensor]) -> None:
     flags = torch.stack(flags)
     if not flags.all():
         step = flags.tolist().index(False)
-        raise FloatingPointError(f"step {step}: numbers are no longer finite; try dtype=torch.float32")
+        why = "weights or a LoRA hold NaN, or bfloat16 overflows"
+        raise FloatingPointError(f"step {step}: numbers are no longer finite: {why}")
 
 
 def _resize_to(area: int, image: Image.Image) -> Image.Image:
@@ -343,7 +347,7 @@ def _resize_to(area: int, image: Image.Image) -> Image.Image:
 
 
 def _multiple_of_16(side: int, name: str) -> int:
-    if not (isinstance(side, int) and 16 <= side <= MAX_SIDE):
+    if not (isinstance(side, Integral) and 16 <= side <= MAX_SIDE):
         raise ValueError(f"{name} is {side!r} pixels; expected a whole number from 16 to {MAX_SIDE}")
     if side % 16:
         warnings.warn(f"{name} {side} is no multiple of 16, so the picture has {side // 16 * 16}", stacklevel=4)

@@ -31,15 +31,14 @@ from tqdm import tqdm
 from minqwen import parallel
 from minqwen.command import Parser, model_options, number, one_line, open_pipeline
 from minqwen.files import content_of, open_weights, read_json, save_weights, whole_file, write_json
-from minqwen.images import MAX_AREA, calculate_dimensions, expect_no_strip, load_image
+from minqwen.images import MAX_AREA, UNSEEN, calculate_dimensions, expect_no_strip, load_image
 from minqwen.pipeline import AREA, PARTS, QwenImagePipeline, area_seen
 from minqwen.prompt import T2I
-from minqwen.run import control_names, locked
+from minqwen.run import control_names, locked, tensors_of
 from minqwen.tokenizer import IMAGE_PAD
 
 FORMAT = "3"  # raise it when the same files give other numbers, or lie in the file in another way
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # in any case: .JPG too
-UNSEEN = 32 * 32  # the size at which no picture is too long, for what the text encoder does not look at
 EMPTY = " "  # the prompt that stands for none; guidance uses the same
 INDEX = "index.json"  # which file belongs to which sample: written when all are there
 
@@ -161,7 +160,10 @@ def encode_sample(pipe: QwenImagePipeline, source: Source, area: int) -> Sample:
     latents = pipe.encode_image(target)
     # a copy made out here may enter autograd; what comes out of inference_mode may not
     control = tuple(pipe.encode_image(image).clone().cpu() for image in references)
-    return Sample(source.name, latents.clone().cpu(), control, embeds.clone().cpu(), empty.clone().cpu())
+    sample = Sample(source.name, latents.clone().cpu(), control, embeds.clone().cpu(), empty.clone().cpu())
+    if not all(tensor.isfinite().all() for tensor in tensors_of(sample).values()):
+        raise ValueError(f"{source.name}: the encoders give NaN or infinity: are their weights damaged?")
+    return sample
 
 
 def _open_unchanged(path: Path, digest: str) -> Image.Image:
@@ -339,6 +341,7 @@ def command_line() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     asked = command_line().parse_args(arguments)
+    asked.cache.encode()  # safetensors takes no other names
     with parallel.joined(asked.device) as asked.device:
         light = open_pipeline(asked, tuple(PARTS))  # the data are looked at before minutes are spent on loading a model
         area = asked.area or light.area

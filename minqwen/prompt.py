@@ -110,7 +110,7 @@ def check_prompts(**prompts: str) -> None:
         if IMAGE_PAD in prompt:
             raise ValueError(f"a {name} holds {IMAGE_PAD}, which stands for an image: take it out")
         if halves := [letter for letter in prompt if "\ud800" <= letter <= "\udfff"]:
-            raise ValueError(f"a {name} holds half a character, {halves[0]!r}: was it cut in the middle of an emoji?")
+            raise ValueError(f"a {name} holds half a character, {halves[0]!r}: was an emoji cut, or is it no UTF-8?")
 
 
 def _check(prompts: list, images: list[list], template: Template, max_sequence_length: int) -> None:

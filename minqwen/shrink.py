@@ -262,7 +262,8 @@ def main(arguments: list[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     if asked.lora_scale != 1 and not asked.lora:
         parser.error("--lora-scale without --lora: there is nothing to scale")
-    (asked.model + asked.out).encode()  # safetensors takes no other names
+    for path in (asked.model, asked.out):
+        path.encode()  # safetensors takes no other names
     shrink(asked.model, asked.out, asked.bits, asked.lora, asked.lora_scale, not asked.quiet)
 
 

@@ -1,5 +1,6 @@
 """What a reader of the list of faults brought, who knew neither these tests nor the code: right, or a cause by name."""
 
+import importlib
 import io
 import json
 import shutil
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from minqwen import edit, parallel
+from minqwen import edit, finetune, parallel
 from minqwen.checkpoint import Checkpoint
 from minqwen.images import load_image
 from minqwen.lora_files import check_config
@@ -175,3 +176,60 @@ def test_a_disk_that_fills_up_while_shards_are_written_is_named(tmp_path):
     shards.folder.write_text("a file in its place", encoding="utf-8")
     with pytest.raises(OSError, match=r"run.*is the disk full"):
         shards.state_dict()
+
+
+@pytest.mark.parametrize("part", ["encoder.conv_in.weight", "decoder.conv_out.weight"])
+def test_damaged_weights_of_the_autoencoder_are_named(part, tmp_path):
+    pipe = QwenImagePipeline.from_pretrained(TINY, "cpu")
+    pipe.vae.get_parameter(part).data.fill_(float("nan"))
+    shutil.copy(SCENE, tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a scene", encoding="utf-8")
+    if part.startswith("encoder"):
+        with pytest.raises(ValueError, match="a: the encoders give NaN"):
+            precompute(pipe, tmp_path, cache_dir=tmp_path / "cache", progress=False)
+        assert not list((tmp_path / "cache").glob("[!.]*"))
+    else:
+        with pytest.raises(ValueError, match="the autoencoder's weights do"):
+            pipe.generate("x", num_inference_steps=1, progress=False)
+
+
+def test_damaged_weights_of_the_transformer_are_no_matter_of_the_dtype():
+    pipe = QwenImagePipeline.from_pretrained(TINY, "cpu")
+    pipe.transformer.transformer_blocks[1].attn.to_q.weight.data[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="weights or a LoRA hold NaN"):
+        pipe.generate("x", num_inference_steps=1, progress=False)
+
+
+def test_noise_is_finite_and_sides_may_be_numbers_of_numpy(pipe):
+    noise = torch.randn(1, 6, 64)
+    how = {"width": np.int64(48), "height": np.int32(32), "num_inference_steps": np.int64(1), "progress": False}
+    assert pipe.generate("x", latents=noise, **how).size == (48, 32)
+    noise[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="latents hold numbers that are not finite"):
+        pipe.generate("x", latents=noise, **how)
+
+
+def test_a_small_file_may_begin_with_a_mark(tmp_path):
+    (tmp_path / "model_index.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert Checkpoint(tmp_path).config("model_index.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("command", ["precompute", "finetune", "shrink"])
+def test_of_several_names_the_one_that_is_no_text_is_named(command, tmp_path, capsys):
+    odd = str(tmp_path / "b\udce4d")
+    words = {"precompute": [str(tmp_path), "--cache", odd], "finetune": [str(tmp_path), "--out", odd],
+             "shrink": [str(TINY), odd]}  # fmt: skip
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"minqwen.{command}").main(words[command])
+    assert f"{odd!r} is no text" in str(end.value.code)
+
+
+def test_a_strip_as_a_preview_is_named_before_the_model_is_opened(sample, tmp_path):
+    Image.new("RGB", (3600, 20)).save(tmp_path / "wide.png")
+    shutil.copytree(TINY, tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_area": 2**20}), encoding="utf-8")
+    words = [str(sample.parent), "--out", str(tmp_path / "run"), "--model", str(tmp_path / "model")]
+    with pytest.raises(SystemExit) as end:
+        finetune.main([*words, "--preview-prompt", "x", "--preview-image", str(tmp_path / "wide.png")])
+    assert "wide.png: 3600x20 pixels" in str(end.value.code)

@@ -102,7 +102,7 @@ class Stub:
 
 
 def stub(monkeypatch, result) -> None:
-    monkeypatch.setattr(library, "open_model", lambda *_: Stub(result))
+    monkeypatch.setattr(library, "open_model", lambda asked: Stub(result))
 
 
 # --------------------------------------------------------------------------------------------- the same picture
@@ -213,7 +213,7 @@ def test_a_wrong_option_is_named_and_ends_with_2(folder, no_model, capsys, argum
         (["photo.jpg", "make", "it", "winter"], "no such picture: make (a prompt of several words stands in quotes)"),
         (["notes.txt", "words"], "cannot read notes.txt as a picture"),
         (["float.tif", "words"], "cannot read float.tif as a picture: no agreed way from mode F to RGB"),
-        (["long.png", "words"], "long.png: width / height must be 1/200 to 200"),
+        (["long.png", "words"], "long.png: 1000x2 pixels: one side is over 200 times the other"),
         (["photo.jpg", "second.png", "words", "--model", TINY], "this checkpoint edits one picture, got 2"),
         (["words", "--model", "gone"], "gone is neither a folder nor a hub repository"),
         (["words", "--model", ".", "--out", "x.png"], ". has no model_index.json"),
