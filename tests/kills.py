@@ -35,14 +35,19 @@ WORKERS = ("finetune by two", "precompute by two")
 JOBS = ("precompute", "finetune", "shrink", "tiny", *WORKERS)
 
 
+def data_set(place: Path, samples: int) -> tuple[str, str]:
+    """So many of the samples of data/finetune: the folders of targets, with captions, and of controls."""
+    for name, count in (("images", 2 * samples), ("control", samples)):
+        (place / name).mkdir(parents=True)
+        for path in sorted((SET / name).iterdir())[:count]:
+            shutil.copy(path, place / name)
+    return str(place / "images"), str(place / "control")
+
+
 def jobs(place: Path) -> dict[str, Callable[[Path], object]]:
     """Each writes into a folder. The data set is small, so that a round takes seconds."""
-    images, control, cache = (place / name for name in ("images", "control", "cache"))
-    for folder in (images, control):
-        folder.mkdir(parents=True)
-        for path in sorted((SET / folder.name).iterdir())[: 12 if folder is control else 24]:  # with captions beside
-            shutil.copy(path, folder)
-    data = [str(images), "--control", str(control)]
+    images, control = data_set(place, 12)
+    cache, data = place / "cache", [images, "--control", control]
     precompute.main([*data, "--cache", str(cache), *MODEL])
     return {
         "precompute": lambda out: precompute.main([*data, "--cache", str(out), *MODEL]),
@@ -130,7 +135,8 @@ def killed_workers(name: str, place: Path, count: int, seed: int) -> int:
         steps, log = str(6 * (count + 2)), out / finetune.LOG
         work, to, apart = [str(place / "data" / "cache"), TUNE[0], steps, *TUNE[2:]], "--out", 12
     else:
-        work, to, apart = [str(SET / "images"), "--control", str(SET / "control")], "--cache", 150 // count
+        images, control = data_set(place, 26 + 16 * count)
+        work, to, apart = [images, "--control", control], "--cache", 14
     work = ["-m", f"minqwen.{name}", *work, *MODEL, to]
     undisturbed = subprocess.Popen([*torchrun(2), *work, str(calm)], env=alone(), stderr=subprocess.DEVNULL)
     with open(place / "said", "w", encoding="utf-8") as said:

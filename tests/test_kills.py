@@ -4,12 +4,12 @@ import os
 
 import pytest
 from conftest import SEED
-from kills import JOBS, run
+from kills import JOBS, WORKERS, run
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
-@pytest.mark.parametrize("job", JOBS[:-1])  # workers: test_parallel.py
+@pytest.mark.parametrize("job", [job for job in JOBS if job not in WORKERS])  # those: test_parallel.py
 def test_killed_work_ends_in_the_bytes_of_an_undisturbed_run(job):
     wanted = 5 if job == "tiny" else 20  # a round of which takes seconds
     kills, rounds = run([job], wanted, seed=SEED)[job]
