@@ -84,15 +84,18 @@ def open_pipeline(
     return QwenImagePipeline.from_pretrained(asked.model, asked.device, dtype, without, memory)
 
 
-def read_picture(path: str, light: QwenImagePipeline | None = None, area: int | None = None) -> Image.Image:
-    """A picture that is given to a command; ValueError that names it, also where it is too long.
-
-    light: the pipeline that will work on it, without weights; area: its working size there, if not the default.
-    """
+def read_picture(path: str) -> Image.Image:
+    """A picture that is given to a command; ValueError that names it, also where it is too long for any model."""
     image = load_image(path)
     with content_of(path):
-        expect_no_strip(*image.size, area_seen(light.edit_template, area or light.area) if light else UNSEEN)
+        expect_no_strip(*image.size, UNSEEN)
     return image
+
+
+def expect_fit(path: str, image: Image.Image, light: QwenImagePipeline, area: int | None = None) -> None:
+    """Raise ValueError for a picture that is too long at the working size of the pipeline, which needs no weights."""
+    with content_of(path):
+        expect_no_strip(*image.size, area_seen(light.edit_template, area or light.area))
 
 
 @contextmanager

@@ -26,11 +26,10 @@ from minqwen.command import Parser, device, number, one_line
 from minqwen.images import MAX_AREA
 from minqwen.memory import Shell
 from minqwen.pipeline import AREA, PARTS
-from minqwen.plans import SPARE, Plan, faster_dtype, free_memory, in_bytes, plans, rates
+from minqwen.plans import PROBE, SPARE, Plan, faster_dtype, free_memory, in_bytes, plans, rates
 from minqwen.quantize import QuantizedLinear, bits_of
 
 BITS = {16: "as released", 8: "shrunk to 8 bits", 4: "shrunk to 4 bits"}
-PROBE = 2**28  # bytes that are written to the disk and read again
 
 
 class Machine(NamedTuple):

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from minqwen.checkpoint import Checkpoint
-from minqwen.command import Parser, model_options, number, one_line, open_pipeline, read_picture
+from minqwen.command import Parser, expect_fit, model_options, number, one_line, open_pipeline, read_picture
 from minqwen.files import whole_file
 from minqwen.images import MAX_AREA, MAX_SIDE
 from minqwen.lightning import load_lightning, steps_of
@@ -101,12 +101,12 @@ def check_together(parser: Parser, asked: argparse.Namespace) -> None:
         parser.error(f"--out {out} is {'a folder' if out.is_dir() else 'one of the pictures'}: choose another name")
 
 
-def open_model(asked: argparse.Namespace) -> QwenImagePipeline:
+def open_model(asked: argparse.Namespace, pictures: list[Image.Image]) -> QwenImagePipeline:
     """The pipeline with its adapters. What its small files tell is looked at before the large ones are opened."""
     light = open_pipeline(asked, tuple(PARTS))
-    light.check_pictures(len(asked.pictures))
-    for path in asked.pictures:
-        read_picture(path, light, asked.area)
+    light.check_pictures(len(pictures))
+    for path, picture in zip(asked.pictures, pictures, strict=True):
+        expect_fit(path, picture, light, asked.area)
     if not asked.lora:
         return open_pipeline(asked, memory=asked.memory)
     adapters_of(Checkpoint(asked.model), asked.lora)
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
         pictures = [read_picture(path) for path in asked.pictures]
         with joined(asked.device) as asked.device:
             start = time.perf_counter()
-            pipe = open_model(asked)
+            pipe = open_model(asked, pictures)
             loaded = time.perf_counter()
             image = pipe.edit(pictures, area=asked.area, **how) if pictures else pipe.generate(**how)
             if rank():

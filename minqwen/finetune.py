@@ -29,7 +29,7 @@ from tqdm import trange
 
 from minqwen import parallel
 from minqwen.checkpoint import Checkpoint, choose_device
-from minqwen.command import Parser, keyword, model_options, number, one_line, open_pipeline, read_picture
+from minqwen.command import Parser, expect_fit, keyword, model_options, number, one_line, open_pipeline, read_picture
 from minqwen.files import whole_file, write_json
 from minqwen.flow import TIMESTEP_SAMPLING, flow_loss, make_batch, sample_sigmas
 from minqwen.lora import ATTENTION, add_lora, save_lora
@@ -305,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
     look_at(dataset, Checkpoint(asked.model).config("transformer/config.json"))
     Path(asked.out).mkdir(parents=True, exist_ok=True)
     if image := asked.preview_image and read_picture(asked.preview_image):
-        read_picture(asked.preview_image, open_pipeline(asked, tuple(PARTS)))  # is it too long where that model works?
+        expect_fit(asked.preview_image, image, open_pipeline(asked, tuple(PARTS)))
     prompt = asked.preview_prompt
     with parallel.joined(asked.device) as asked.device:
         pipe = open_model(asked, () if prompt else ("text_encoder", "vae"))

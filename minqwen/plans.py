@@ -26,7 +26,7 @@ ACTIVATIONS = 22  # numbers a token and channel that live at once in a forward p
 PIXEL = 700  # numbers a pixel that live at once in the autoencoder, measured in the same way
 TILE = 1024 * 1024  # pixels; of a larger picture the autoencoder sees a part at a time
 LEVELS = 50  # of noise, for which the table is counted
-PROBE = 2**28  # bytes of blocks that are fetched to time it, and two blocks at least
+PROBE = 2**28  # bytes that are fetched, or written and read again, to time it; two blocks at least
 LARGE = 2**32  # bytes of a transformer from which a CPU is asked in which dtype it is faster
 TOGETHER = 1024  # up to so many image tokens both prompts share one forward pass: fewer, fuller operations
 

@@ -159,7 +159,7 @@ def look_at(dataset: Sequence, config: dict) -> tuple[list[list[int]], str]:
         name, key, shapes = described(kept[i])
         for part, shape in shapes.items():
             even = (max(2, side - side % 2) for side in shape[-2:])
-            wanted = (1, max(1, *shape[-2:-1], 1), text) if part in TEXTS else (1, latents, 1, *even)
+            wanted = (1, max((1, *shape[-2:-1])), text) if part in TEXTS else (1, latents, 1, *even)
             if shape != wanted:
                 hint = "the cache is of another model, run python -m minqwen.precompute with this one's --model"
                 raise ValueError(f"{name}: {part} {tuple(shape)}, where the model takes {wanted}: {hint}")

@@ -102,7 +102,7 @@ class Stub:
 
 
 def stub(monkeypatch, result) -> None:
-    monkeypatch.setattr(library, "open_model", lambda asked: Stub(result))
+    monkeypatch.setattr(library, "open_model", lambda *_: Stub(result))
 
 
 # --------------------------------------------------------------------------------------------- the same picture

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from course import BLUE, GREY, ORANGE, RED, show
-from figures.small_model import SCENE, WISH
+from figures.small_model import WISH
+from figures.small_model import given as scene
 from figures.small_model import model as pipeline
 from minqwen.difference import record
 from minqwen.images import pack_latents
@@ -37,7 +38,7 @@ KINDS = {"modulation": "_mod.", "attention": ".attn.", "MLP": "_mlp."}
 @cache
 def given() -> Image.Image:
     """The picture to edit, as the pipeline resizes it."""
-    return pipeline().resize_references([Image.open(SCENE).convert("RGB")])[0][0]
+    return pipeline().resize_references([scene()])[0][0]
 
 
 def edit(model: nn.Module | None = None, callback: Callable | None = None) -> Image.Image:
