@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 IMPORTED_AS = {"pillow": "PIL", "huggingface-hub": "huggingface_hub"}
 
-MOST_LINES, MOST_IN_A_FILE, MOST_IN_A_FUNCTION = 4265, 250, 60  # of the library without its drawn world
+MOST_LINES, MOST_IN_A_FILE, MOST_IN_A_FUNCTION = 4270, 250, 60  # of the library without its drawn world
 LARGEST_FILE = 16 * 2**20
 # Where somebody's files happened to lie when a notebook or a log was made.
 MACHINE_PATH = re.compile(
