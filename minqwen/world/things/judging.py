@@ -35,7 +35,7 @@ from minqwen.world.things.words import slot
 NEAR = 40  # levels: two grounds nearer than this may be the same one
 WORST = 34.0  # levels, root mean square over a thing: what is further from every template is no clear thing
 WORST_SPOT = 48.0  # the same over any 8x8 pixels: half a thing leaves little on the whole, and much in one spot
-FAINT_SPOT = 32.0  # the least that this may become, where a thing is hardly another colour than the ground
+FAINT_SPOT = 36.0  # the least that this may become, where a thing is hardly another colour than the ground
 LEAD = 1.15  # by which the next thing, or colour, must leave more unexplained than the best
 MAX_SPOTS = 0.02  # share of an empty place's pixels that may be off the ground
 MAX_SHIFT = 2  # pixels by which a thing that should stay may have moved or grown
