@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from minqwen.world.things import (
+from minqwen.world import (
     BACKGROUNDS,
     COLOURED,
     COLOURS,
@@ -35,7 +35,7 @@ from minqwen.world.things import (
     sample_scene,
     vocabulary,
 )
-from minqwen.world.things.words import Slot, clear_references, reference
+from minqwen.world.words import Slot, clear_references, reference
 
 ENGLISH = replace(WORLD, chinese=0.0)
 

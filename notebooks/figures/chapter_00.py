@@ -18,7 +18,7 @@ from figures.small_model import FULL, WHOLE_SCENE
 from figures.small_model import WHOLE_WISH as WISH
 from figures.small_model import whole_model as model
 from minqwen.images import image_to_pixels
-from minqwen.world.things.scenes import portrait
+from minqwen.world.scenes import portrait
 
 STEPS = 20  # of an edit
 ROUNDING = 32 if FULL else 1  # levels of 255 by which two ways to compute the same picture may differ: bf16, or float32
