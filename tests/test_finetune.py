@@ -759,7 +759,7 @@ def test_the_command_trains_saves_previews_and_goes_on(pairs, tmp_path, monkeypa
     assert "2 steps in" in capsys.readouterr().out
     names = sorted(p.name for p in (tmp_path / "out").glob("[!.]*"))
     assert names == [STATE, LOG, LORA, "preview_000000.png", "preview_000002.png"]
-    assert Image.open(tmp_path / "out" / "preview_000002.png").size == (64, 64)
+    assert Image.open(tmp_path / "out" / "preview_000002.png").size == (96, 96)
     report = load_lora(QwenImagePipeline.from_pretrained(TINY, "cpu").transformer, tmp_path / "out" / LORA)
     assert len(report.matched) == 12 and not report.unmatched
     with pytest.raises(SystemExit, match="finetune: .* other settings"):
@@ -787,7 +787,7 @@ def test_the_preview_does_not_touch_the_run(pairs, tmp_path):
     states = []
     for shown in (True, False):
         pipe = QwenImagePipeline.from_pretrained(TINY, "cpu")
-        preview = picture_preview(pipe, tmp_path, "a red star on a white background", num_inference_steps=2)
+        preview = picture_preview(pipe, tmp_path, "a cat on a white background", num_inference_steps=2)
         dataset = Precomputed.open(pairs / "cache")
         finetune(pipe, dataset, steps=2, save_every=1, preview=preview if shown else None, progress=False)
         states.append(lora_state(pipe.transformer))

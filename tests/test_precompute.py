@@ -67,7 +67,7 @@ def data(tmp_path):
         (tmp_path / part).mkdir()
     numbers = np.random.default_rng(8)
     for k, name in enumerate(NAMES):
-        edit, other = sample_edit(numbers, "recolour"), sample_edit(numbers, "add")
+        edit, other = sample_edit(numbers, "replace"), sample_edit(numbers, "add")
         pictures = {"images": edit.target, "control": edit.source, "second": other.target}
         for n, (part, picture) in enumerate(pictures.items(), k):
             picture.resize(SIZES[n % 5]).save(tmp_path / part / f"{name}{SUFFIXES[n % 5]}")
@@ -637,7 +637,7 @@ def test_parts_can_be_left_out_and_are_named_when_missed():
     pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu", dtype=torch.float32, without="transformer")
     assert pipe.transformer is None and pipe.dtype == torch.float32 and pipe.device.type == "cpu"
     with pytest.raises(ValueError, match="without its transformer"):
-        pipe.generate("a star", progress=False)
+        pipe.generate("a cat", progress=False)
     with pytest.raises(ValueError, match="only transformer, vae, text_encoder can be left out"):
         QwenImagePipeline.from_pretrained(TINY, without="unet")
 

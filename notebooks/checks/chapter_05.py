@@ -137,7 +137,7 @@ def _begin(data: bytes, header: int, name: str) -> int:
 def real() -> tuple:
     """The trained model and a real batch: an edit under two prompts of different length, at noise level 0.7."""
     pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu")
-    task = sample_edit(default_rng(5), "recolour")
+    task = sample_edit(default_rng(5), "replace")
     prompts = [pipe.encode_prompt(words, [task.source]) for words in (task.instruction, " ")]
     embeds, mask = pad_prompts(prompts)
     x0, reference = (pack_latents(pipe.encode_image(picture)) for picture in (task.target, task.source))

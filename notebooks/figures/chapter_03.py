@@ -21,9 +21,9 @@ from figures.small_model import WISH, given, model
 from minqwen import attention as library
 from minqwen.prompt import EDIT, tokenize_prompts
 
-WORD = "green"  # of WISH
-WISHES = {"make the star green": "green", "make the circle green": "green", "make the heart green": "green"}
-SIDE = 4  # tokens on a side of the picture
+WORD = "fox"  # of WISH
+WISHES = {"replace the cat with a fox": "fox", "replace the cake with a fox": "fox", "add a fox at the top right": "fox"}
+SIDE = 6  # tokens on a side of the picture
 PICTURE = SIDE * SIDE  # its tokens
 STEPS = 8  # of an edit
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")

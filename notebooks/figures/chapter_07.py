@@ -27,8 +27,8 @@ from minqwen.prompt import EDIT, IMAGE_PAD, T2I, Template
 from minqwen.tokenizer import load_tokenizer
 from minqwen.world import judge, sample_edit
 
-WISHES = ("make the star green", "turn the heart into a star", "remove the red circle")
-ONE_WORD = {"make the star green": None, "make the star blue": BLUE, "make the heart green": ORANGE}
+WISHES = ("replace the cat with a fox", "remove the cake", "move the tree to the top right")
+ONE_WORD = {"replace the cat with a fox": None, "replace the cat with a dog": BLUE, "replace the tree with a fox": ORANGE}
 STEPS, TASKS = 2, 8  # of an edit; edits that are judged
 ADDED = """endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start
 vision_end vision_pad image_pad video_pad""".split()  # the marks of the released vocabulary, in the order of their ids

@@ -25,7 +25,7 @@ from minqwen.sampling import denoise, get_sigmas, guide
 from minqwen.world import judge, sample_edit
 
 WISH = WHOLE_WISH  # of the lesson, too
-DRAWN = "a coffee cup made of green glass" if FULL else "a red circle at the top left"
+DRAWN = "a coffee cup made of green glass" if FULL else "a cat at the top left"
 STEPS, SCALE = (50, 4.0) if FULL else (8, 2.0)  # of that edit
 ROUNDING = 32 if FULL else 1  # levels of 255 by which two ways to compute the same picture may differ: bf16, or float32
 EDITS, EDITS_SEED = 4, 5  # the edits of the small world that are counted
