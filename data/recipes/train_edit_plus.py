@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a folder: data/tiny, or what make_tiny.py wrote")
     parser.add_argument("--steps", type=int, default=STEPS["edit_plus"])
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, help=f"the adapter's file, by default {FILE} in the folder of --runs")
     return add_options(parser)
