@@ -257,11 +257,11 @@ def test_a_checkpoint_that_edits_one_picture_refuses_two_before_any_work(pipe, d
 
 @pytest.mark.slow
 def test_the_file_says_what_it_is(pipe, data):
-    kept = run(pipe, data, area=64 * 64)
+    kept = run(pipe, data, area=96 * 96)
     with safe_open(kept.kept[0], framework="pt") as file:
         metadata = file.metadata()
     assert sorted(metadata) == sorted("format model template area dtype pictures caption key name".split())
-    assert metadata["model"] == fingerprint(pipe) and metadata["area"] == "4096" and metadata["name"] == kept.names[0]
+    assert metadata["model"] == fingerprint(pipe) and metadata["area"] == "9216" and metadata["name"] == kept.names[0]
     assert metadata["template"].startswith("<|im_start|>system") and metadata["dtype"] == "torch.float32"
     key = {name: value for name, value in metadata.items() if name not in ("key", "name")}
     assert library.cache_key(key) == metadata["key"] == kept.kept[0].stem  # whoever has the file can check its name
@@ -357,7 +357,7 @@ def test_another_model_or_template_or_dtype_is_computed_anew_and_the_way_back_is
 @pytest.mark.slow
 def test_another_size_and_another_task_are_computed_anew(pipe, data):
     run(pipe, data)
-    assert run(pipe, data, area=64 * 64).computed == 5
+    assert run(pipe, data, area=96 * 96).computed == 5
     assert run(pipe, data, control=None).computed == 5
     assert run(pipe, data).computed == 0
 
