@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -86,6 +87,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            alike = defaultdict(list)  # matrices of one shape are turned together
             for matrix in group["params"]:
                 if matrix.grad is None:
                     continue
@@ -94,15 +96,19 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
                 ahead = matrix.grad.lerp(state["momentum_buffer"], group["momentum"]).flatten(1)  # as Nesterov does
-                turned = orthogonal(ahead).view_as(matrix)
-                matrix.sub_(turned, alpha=0.2 * math.sqrt(max(ahead.shape)) * group["lr"])
+                alike[ahead.shape].append((matrix, ahead))
+            for shape, pairs in alike.items():
+                matrices, all_ahead = zip(*pairs, strict=True)
+                for matrix, turned in zip(matrices, orthogonal(torch.stack(all_ahead)), strict=True):
+                    matrix.sub_(turned.view_as(matrix), alpha=0.2 * math.sqrt(max(shape)) * group["lr"])
 
 
-def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The matrix with its singular values all brought near 1, by Newton and Schulz's iteration."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / wide.norm().clamp(min=1e-7)
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices (..., m, n) with their singular values all brought near 1, by Newton and Schulz's iteration."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    wide = matrices.mT if tall else matrices
+    x = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        square = x @ x.T
+        square = x @ x.mT
         x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
-    return x if wide is matrix else x.T
+    return x.mT if tall else x

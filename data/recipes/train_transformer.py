@@ -170,8 +170,9 @@ def encoder(vae: AutoencoderKLQwenImage, args: argparse.Namespace) -> Callable[[
     @torch.no_grad()
     def encode(x: Tensor) -> Tensor:
         padded = F.pad(x.to(args.device), (0,) * 9 + (-len(x) % 16,))
-        latents = torch.cat([mode(part) for part in padded.split(16)])[: len(x)]
-        return pack_latents(vae.normalize(latents))
+        with fast(args):
+            latents = torch.cat([mode(part) for part in padded.split(16)])[: len(x)]
+        return pack_latents(vae.normalize(latents.float()))
 
     return encode
 
