@@ -257,13 +257,13 @@ def scores_in(attn, img: Tensor, txt: Tensor, tables) -> Tensor:
     return caught[0]
 
 
-def four_heads(block: int = 3) -> None:
+def each_head(block: int = 3) -> None:
     """Where one square of the new picture looks in the given picture, in each head of a block."""
     result, weights = watched()
     _, new, old = parts_of()
     heads = weights.mean(0)[block]  # (H, N, N)
     square = listened_square(weights)
-    figure, axes = plt.subplots(1, 1 + len(heads), figsize=(2.1 * (1 + len(heads)), 2.5))
+    figure, axes = plt.subplots(1, 1 + len(heads), figsize=(1.75 * (1 + len(heads)), 2.3))
     axes[0].imshow(result)
     y, x = divmod(square, SIDE)
     side = result.width / SIDE
@@ -320,7 +320,8 @@ def share_of_words() -> Tensor:
     share = weights.mean(0)[:, :, new, text].sum(-1).mean(-1)  # (blocks, H)
     figure, axis = plt.subplots(figsize=(9.2, 2.6))
     for block, heads in enumerate(share):
-        axis.bar([block + 0.19 * (head - 1.5) for head in range(len(heads))], heads, 0.17, color=GREEN)
+        width = 0.76 / len(heads)
+        axis.bar([block + width * (head - (len(heads) - 1) / 2) for head in range(len(heads))], heads, 0.9 * width, color=GREEN)
     axis.set(xlabel="block, its heads side by side", ylabel="share that goes\nto the text", ylim=(0, 1))
     axis.set_title("attention of the new picture, mean over the steps of an edit")
     plt.show()
