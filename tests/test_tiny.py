@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from evaluate import reconstruction, unseen_photo, unseen_scenes
+from evaluate import SEED, paint, reconstruction, sample, unseen_photo, unseen_scenes
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
@@ -50,6 +50,18 @@ def test_both_forms_of_the_tokenizer_agree_and_the_templates_have_the_released_l
 def test_the_autoencoder_gives_scenes_and_photos_back(pipe):
     assert reconstruction(pipe, unseen_scenes(8)) >= 33  # decibels
     assert reconstruction(pipe, unseen_photo(8)) >= 26
+
+
+@pytest.mark.parametrize("kind", ["swap", "draw"])
+def test_what_is_counted_in_batches_is_what_edit_and_generate_paint(pipe, kind):
+    """data/recipes/evaluate.py paints fifty at once."""
+    tasks = sample(kind, 3)
+    for row, (task, painted) in enumerate(zip(tasks, paint(pipe, tasks, 2, 2.0), strict=True)):
+        noise = torch.Generator().manual_seed(SEED + row)
+        options = {"num_inference_steps": 2, "true_cfg_scale": 2.0, "generator": noise, "progress": False}
+        alone = pipe.edit(task.source, task.instruction, **options) if task.source else pipe.generate(
+            task.instruction, **options)  # fmt: skip
+        assert abs(np.asarray(painted, int) - np.asarray(alone, int)).max() <= 1
 
 
 def count_right(pipe, tasks: list[Edit]) -> int:
