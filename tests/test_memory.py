@@ -34,7 +34,8 @@ def opened(way, folder=TINY, **options) -> QwenImagePipeline:
 
 def edited(pipe, **options) -> np.ndarray:
     given = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "progress": False} | options
-    return np.asarray(pipe.edit(Image.open(ROOT / "data/pictures/scene.png"), "replace the cat with a fox", **given), int)
+    scene = Image.open(ROOT / "data/pictures/scene.png")
+    return np.asarray(pipe.edit(scene, "replace the cat with a fox", **given), int)
 
 
 @pytest.mark.slow

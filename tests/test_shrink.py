@@ -50,7 +50,8 @@ def weights(folder: Path, component: str) -> dict[str, torch.Tensor]:
 
 def edited(pipe) -> np.ndarray:
     options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "progress": False}
-    return np.asarray(pipe.edit(Image.open(ROOT / "data/pictures/scene.png"), "replace the cat with a fox", **options), int)
+    scene = Image.open(ROOT / "data/pictures/scene.png")
+    return np.asarray(pipe.edit(scene, "replace the cat with a fox", **options), int)
 
 
 def test_it_opens_as_the_same_model_quantized_in_memory(small):

@@ -22,7 +22,7 @@ from minqwen import attention as library
 from minqwen.prompt import EDIT, tokenize_prompts
 
 WORD = "fox"  # of WISH
-WISHES = {"replace the cat with a fox": "fox", "replace the cake with a fox": "fox", "add a fox at the top right": "fox"}
+WISHES = dict.fromkeys(("replace the cat with a fox", "replace the cake with a fox", "add a fox at the top right"), WORD)
 SIDE = 6  # tokens on a side of the picture
 PICTURE = SIDE * SIDE  # its tokens
 STEPS = 8  # of an edit
@@ -321,7 +321,8 @@ def share_of_words() -> Tensor:
     figure, axis = plt.subplots(figsize=(9.2, 2.6))
     for block, heads in enumerate(share):
         width = 0.76 / len(heads)
-        axis.bar([block + width * (head - (len(heads) - 1) / 2) for head in range(len(heads))], heads, 0.9 * width, color=GREEN)
+        places = [block + width * (head - (len(heads) - 1) / 2) for head in range(len(heads))]
+        axis.bar(places, heads, 0.9 * width, color=GREEN)
     axis.set(xlabel="block, its heads side by side", ylabel="share that goes\nto the text", ylim=(0, 1))
     axis.set_title("attention of the new picture, mean over the steps of an edit")
     plt.show()

@@ -28,7 +28,9 @@ from minqwen.tokenizer import load_tokenizer
 from minqwen.world import judge, sample_edit
 
 WISHES = ("replace the cat with a fox", "remove the cake", "move the tree to the top right")
-ONE_WORD = {"replace the cat with a fox": None, "replace the cat with a dog": BLUE, "replace the tree with a fox": ORANGE}
+ONE_WORD = {
+    "replace the cat with a fox": None, "replace the cat with a dog": BLUE, "replace the tree with a fox": ORANGE,
+}  # fmt: skip
 STEPS, TASKS = 2, 8  # of an edit; edits that are judged
 ADDED = """endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start
 vision_end vision_pad image_pad video_pad""".split()  # the marks of the released vocabulary, in the order of their ids
