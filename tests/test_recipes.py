@@ -35,7 +35,7 @@ def small(monkeypatch):
     """A transformer of one block, an autoencoder that sees few pictures."""
     monkeypatch.setitem(tiny_models.TRANSFORMER, "num_layers", 1)
     monkeypatch.setattr(train_vae, "scenes", few_scenes)
-    monkeypatch.setattr(train_vae, "unseen", lambda: {})
+    monkeypatch.setattr(train_vae, "unseen", dict)
 
 
 def make(runs: Path, out: Path) -> None:
@@ -44,7 +44,7 @@ def make(runs: Path, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_transformer, "BATCH", 2)
         patch.setattr(train_vae, "scenes", few_scenes)
-        patch.setattr(train_vae, "unseen", lambda: {})
+        patch.setattr(train_vae, "unseen", dict)
         make_tiny.make(make_tiny.parser().parse_args(words))
 
 

@@ -82,7 +82,7 @@ def train(args: argparse.Namespace) -> None:
         whole = done >= 0.75
         count, side = (args.batch // 4, SIZE) if whole else (args.batch, CROP)
         drawn = [crop(rng, draw_array(scene), side) for scene in scenes(rng, count // 2)]
-        seen = [piece(rng, photos[int(rng.integers(len(photos)))], side) for _ in range(count - count // 2)]
+        seen = [piece(rng, photos[int(rng.integers(len(photos)))], side) for _ in drawn]
         x = as_pixels(drawn + seen).to(args.device)
         with fast(args):
             loss = loss_of(vae, x)

@@ -22,7 +22,7 @@ from minqwen import attention as library
 from minqwen.prompt import EDIT, tokenize_prompts
 
 WORD = "fox"  # of WISH
-WISHES = dict.fromkeys(("replace the cat with a fox", "replace the cake with a fox", "add a fox at the top right"), WORD)
+WISHES = dict.fromkeys((WISH, "replace the cake with a fox", "add a fox at the top right"), WORD)
 SIDE = 6  # tokens on a side of the picture
 PICTURE = SIDE * SIDE  # its tokens
 STEPS = 8  # of an edit
