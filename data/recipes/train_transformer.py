@@ -30,7 +30,7 @@ from minqwen.tokenizer import load_tokenizer
 from minqwen.vae import AutoencoderKLQwenImage
 from minqwen.world import KINDS, SIZE, WORLD, Edit, judge, pick, sample_drawing, sample_edit
 
-STEPS = {"transformer": 12288}
+STEPS = {"transformer": 9216}
 DECAY = 0.5  # the last share of the steps, in which the rate falls to 0
 DRAWN = 0.4  # the share of batches that draw instead of edit
 OFTEN = {"remove": 1, "move": 2, "swap": 2, "add": 3, "background": 3, "replace": 4}  # the harder, the more often
