@@ -194,7 +194,7 @@ def test_true_pictures_pass_also_slightly_worse_ones(gen):
 
 @pytest.mark.slow
 def test_the_hardest_jpeg_passes(gen):
-    """Of all things, sizes and offsets on all grounds these leave most in one spot; chance draws them once in years."""
+    """Of the things of one colour, in all sizes and offsets on all grounds, these leave most in one spot."""
     for background, dx, dy in (("gray", -2, 0), ("blue", -2, -2), ("blue", -2, 0)):
         scene = Scene(background).with_things(*(Thing("cake", place, None, "small", dx, dy, 1) for place in PLACES[:3]))
         edit = Edit("draw", None, "three small cakes", scene)
