@@ -1,7 +1,7 @@
 """The command that edits: pictures and words in, a picture's file out.
 
     python -m minqwen.edit photo.jpg "make it winter" --out winter.png
-    python -m minqwen.edit "a red star" --out star.png --model data/tiny
+    python -m minqwen.edit "a small cat" --out cat.png --model data/tiny
 
 Without a picture it draws. The same seed gives the same picture as `pipe.edit` and `pipe.generate` with
 generator=torch.Generator().manual_seed(seed).

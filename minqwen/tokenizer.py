@@ -1,6 +1,6 @@
 """The tokenizer: text becomes numbers, by byte-level BPE, from the files that stand in a checkpoint.
 
-    "a red star"  ->  ids of pieces such as "a", " red", " star"
+    "a small cat"  ->  ids of pieces such as "a", " small", " cat"
 
 A fixed pattern cuts text into words; inside each word bytes are merged, pair by pair, in a learned order. The
 `tokenizers` package does the work; here its parts are put together.

@@ -66,6 +66,7 @@ def make_tiny_in(out: Path) -> None:
 
     scenes = train_vae.scenes
     train_transformer.BATCH, train_vae.scenes = 2, lambda rng, count: scenes(rng, min(count, 2))
+    train_vae.unseen = dict  # nothing is measured
     words = ["--share", "0.0001", "--runs", str(out / "runs"), "--out", str(out / "tiny"), "--device", "cpu"]
     make_tiny.make(make_tiny.parser().parse_args([*words, "--no-estimate"]))
 

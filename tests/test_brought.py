@@ -57,7 +57,7 @@ def test_half_of_the_merges_in_tokenizer_json_are_missed(tmp_path):
     whole = json.loads(load_tokenizer(TINY / "tokenizer").to_str())
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(whole), encoding="utf-8")
-    assert load_tokenizer(tmp_path).encode("a star").ids == load_tokenizer(TINY / "tokenizer").encode("a star").ids
+    assert load_tokenizer(tmp_path).encode("a cat").ids == load_tokenizer(TINY / "tokenizer").encode("a cat").ids
     whole["model"]["merges"] = whole["model"]["merges"][: len(whole["model"]["merges"]) // 2]
     file.write_text(json.dumps(whole), encoding="utf-8")
     with pytest.raises(ValueError, match=r"tokenizer.json: pieces or merges are damaged"):
@@ -128,7 +128,7 @@ def test_a_result_of_a_long_name_has_a_shorter_one(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_command_needs_no_console(tmp_path):
     out = tmp_path / "x.png"
-    words = ["a star", "--out", str(out), "--model", str(TINY), "--steps", "1", "--device", "cpu"]
+    words = ["a cat", "--out", str(out), "--model", str(TINY), "--steps", "1", "--device", "cpu"]
     closed = "import os, sys; os.close(2); sys.stderr = None; from minqwen.edit import main; main(sys.argv[1:])"
     assert subprocess.run([sys.executable, "-c", closed, *words], cwd=ROOT).returncode == 0 and out.exists()
 

@@ -23,7 +23,7 @@ LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_pr
           "attn.add_v_proj", "attn.to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj",
           "txt_mlp.net.2")  # fmt: skip
 SIGMAS = {4: [1, 0.9, 0.75, 0.5, 0], 8: [1, 0.954545, 0.9, 0.833333, 0.75, 0.642857, 0.5, 0.3, 0]}
-WORDS = "make the star green"
+WORDS = "replace the cat with a fox"
 
 
 def opened(folder: Path = TINY, **options) -> QwenImagePipeline:

@@ -48,7 +48,7 @@ def trained(out: Path, full: bool) -> tuple[dict[str, torch.Tensor], np.ndarray]
     return load_file(out / name), np.loadtxt(out / "log.csv", delimiter=",", skiprows=1)
 
 
-EDIT = ["make the star green", "--steps", "2", "--area", str(192 * 192), *MODEL]
+EDIT = ["replace the cat with a fox", "--steps", "2", "--area", str(192 * 192), *MODEL]
 EDITS = {"guided": ["--guidance", "3"], "streamed": ["--guidance", "1", "--memory", "stream"]}
 
 

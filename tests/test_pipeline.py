@@ -20,9 +20,9 @@ from minqwen.world import COMBINE, draw, sample_edit, sample_scene
 
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
 PROMPTS = [
-    "a red circle at the top left and a blue square at the bottom right on a white background",
+    "a cat at the top left and a small cake at the bottom right on a white background",
     "",
-    "把圆形变成红色 and a café, 3 stars!",
+    "把猫换成狐狸 and a café, 3 cats!",
 ]
 
 
@@ -65,7 +65,7 @@ def test_drawings_equal_diffusers(rng, pipe, prompt):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 64), (100, 60), (40, 90)])
 def test_edits_equal_diffusers(rng, pipe, monkeypatch, size):
-    image, area = a_picture(rng, *size), 64 * 64
+    image, area = a_picture(rng, *size), 96 * 96
     reference = edit_pipeline(TINY, area, monkeypatch)
     instruction = sample_edit(np.random.default_rng(rng.randrange(10**6))).instruction
     options = {"true_cfg_scale": rng.choice([1.0, 4.0]), "num_inference_steps": rng.randint(2, 6)}
@@ -77,8 +77,8 @@ def test_edits_equal_diffusers(rng, pipe, monkeypatch, size):
 @pytest.mark.slow
 def test_a_full_guided_edit_equals_diffusers(rng, pipe, monkeypatch):
     edit = sample_edit(np.random.default_rng(rng.randrange(10**6)))
-    options = {"true_cfg_scale": 4.0, "num_inference_steps": 20, "latents": noise(64, 64)}
-    want = edit_pipeline(TINY, 64 * 64, monkeypatch)(
+    options = {"true_cfg_scale": 4.0, "num_inference_steps": 20, "latents": noise(96, 96)}
+    want = edit_pipeline(TINY, 96 * 96, monkeypatch)(
         edit.source, edit.instruction, negative_prompt=" ", **options
     ).images[0]
     assert levels(pipe.edit(edit.source, edit.instruction, **options, progress=False), want) <= 1
@@ -104,10 +104,10 @@ def test_the_adapter_for_two_pictures_equals_diffusers(rng, monkeypatch):
     pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu", dtype=torch.float32)
     pipe.edit_template = EDIT_PLUS
     load_lora(pipe.transformer, TINY / "edit_plus_lora.safetensors")
-    reference = edit_pipeline(TINY, 64 * 64, monkeypatch, plus=True)
+    reference = edit_pipeline(TINY, 96 * 96, monkeypatch, plus=True)
     reference.load_lora_weights(TINY, weight_name="edit_plus_lora.safetensors")
     edit = sample_edit(np.random.default_rng(rng.randrange(10**6)), COMBINE)
-    options = {"true_cfg_scale": 2.0, "num_inference_steps": 3, "latents": noise(64, 64)}
+    options = {"true_cfg_scale": 2.0, "num_inference_steps": 3, "latents": noise(96, 96)}
     want = reference(edit.sources, edit.instruction, negative_prompt=" ", **options).images[0]
     assert levels(pipe.edit(edit.sources, edit.instruction, **options, progress=False), want) <= 1
 
@@ -117,8 +117,8 @@ def test_the_starting_noise_equals_diffusers(pipe):
     """The same seed draws the same picture."""
     make = lambda: torch.Generator().manual_seed(7)  # noqa: E731
     options = {"width": 48, "height": 64, "num_inference_steps": 2, "true_cfg_scale": 1.0}
-    want = drawing_pipeline(TINY)("a star", generator=make(), **options).images[0]
-    assert levels(pipe.generate("a star", generator=make(), **options, progress=False), want) <= 1
+    want = drawing_pipeline(TINY)("a cat", generator=make(), **options).images[0]
+    assert levels(pipe.generate("a cat", generator=make(), **options, progress=False), want) <= 1
 
 
 @pytest.mark.slow
@@ -143,12 +143,12 @@ def test_bf16_pictures_are_no_further_from_the_truth_than_the_references(pipe):
 
 
 def test_one_step_works(pipe):
-    assert pipe.generate("a star", num_inference_steps=1, progress=False).size == (64, 64)
+    assert pipe.generate("a cat", num_inference_steps=1, progress=False).size == (96, 96)
 
 
 @pytest.mark.slow
 def test_guiding_both_prompts_in_one_pass_equals_two_passes(pipe, monkeypatch):
-    options = {"num_inference_steps": 4, "latents": noise(64, 64), "progress": False}
+    options = {"num_inference_steps": 4, "latents": noise(96, 96), "progress": False}
     together = pipe.generate(PROMPTS[0], **options)
     monkeypatch.setattr("minqwen.pipeline.TOGETHER", 0)
     assert levels(pipe.generate(PROMPTS[0], **options), together) <= 1
@@ -156,8 +156,8 @@ def test_guiding_both_prompts_in_one_pass_equals_two_passes(pipe, monkeypatch):
 
 def test_the_callback_sees_every_step(pipe):
     seen = []
-    latents = noise(64, 64)
-    pipe.generate("a star", num_inference_steps=3, latents=latents, callback=lambda *a: seen.append(a), progress=False)
+    latents = noise(96, 96)
+    pipe.generate("a cat", num_inference_steps=3, latents=latents, callback=lambda *a: seen.append(a), progress=False)
     assert [step for step, *_ in seen] == [0, 1, 2] and seen[0][1] == 1.0
     assert torch.equal(seen[0][2], latents) and seen[0][3].shape == latents.shape
 
@@ -165,25 +165,25 @@ def test_the_callback_sees_every_step(pipe):
 @pytest.mark.slow
 def test_the_loop_and_the_velocity_make_the_same_picture_in_the_open(pipe):
     """Where another sampler would stand: denoise(..., step=another)."""
-    edit, latents = sample_edit(np.random.default_rng(0)), noise(64, 64)
+    edit, latents = sample_edit(np.random.default_rng(0)), noise(96, 96)
     prompts = [pipe.encode_prompt(text, [edit.source]) for text in (edit.instruction, " ")]
-    velocity = pipe.velocity(prompts, [pipe.encode_image(edit.source)], 64, 64, 3.0)
-    mine = pipe.decode(denoise(velocity, latents, get_sigmas(3, 16, **pipe.schedule)), 64, 64)
+    velocity = pipe.velocity(prompts, [pipe.encode_image(edit.source)], 96, 96, 3.0)
+    mine = pipe.decode(denoise(velocity, latents, get_sigmas(3, 36, **pipe.schedule)), 96, 96)
     options = {"true_cfg_scale": 3.0, "num_inference_steps": 3, "latents": latents, "progress": False}
     assert levels(mine, pipe.edit(edit.source, edit.instruction, **options)) == 0
 
 
 def test_guidance_is_off_without_a_negative_prompt_or_at_scale_one(pipe):
-    options = {"num_inference_steps": 2, "latents": noise(64, 64), "progress": False}
-    plain = pipe.generate("a star", true_cfg_scale=1.0, **options)
-    assert levels(pipe.generate("a star", negative_prompt=None, true_cfg_scale=4.0, **options), plain) == 0
-    assert levels(pipe.generate("a star", true_cfg_scale=4.0, **options), plain) > 0
+    options = {"num_inference_steps": 2, "latents": noise(96, 96), "progress": False}
+    plain = pipe.generate("a cat", true_cfg_scale=1.0, **options)
+    assert levels(pipe.generate("a cat", negative_prompt=None, true_cfg_scale=4.0, **options), plain) == 0
+    assert levels(pipe.generate("a cat", true_cfg_scale=4.0, **options), plain) > 0
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "RGBA", "L", "P"])
 def test_any_mode_of_picture_gives_the_result_of_its_rgb_form(rng, pipe, mode):
     image = a_picture(rng).convert(mode)
-    options = {"num_inference_steps": 1, "latents": noise(64, 64), "progress": False}
+    options = {"num_inference_steps": 1, "latents": noise(96, 96), "progress": False}
     assert levels(pipe.edit(image, "x", **options), pipe.edit(image.convert("RGB"), "x", **options)) == 0
 
 
@@ -198,13 +198,13 @@ def test_a_photo_taken_sideways_is_turned(rng, pipe, tmp_path):
 
 def test_sizes_are_rounded_down_with_a_word_about_it(pipe):
     with pytest.warns(UserWarning, match="100 is no multiple of 16.*96") as warned:
-        assert pipe.generate("a star", width=100, height=64, num_inference_steps=1, progress=False).size == (96, 64)
+        assert pipe.generate("a cat", width=100, height=64, num_inference_steps=1, progress=False).size == (96, 64)
     assert warned[0].filename == __file__  # it points at the call
 
 
 def test_a_long_prompt_is_cut_with_a_word_about_it(pipe):
     with pytest.warns(UserWarning, match="only the first 512"):
-        pipe.generate("star " * 600, num_inference_steps=1, progress=False)
+        pipe.generate("cat " * 600, num_inference_steps=1, progress=False)
 
 
 def test_an_empty_prompt_is_an_ordinary_one(pipe):
@@ -223,7 +223,7 @@ def test_an_empty_prompt_is_an_ordinary_one(pipe):
 )
 def test_bad_options_are_refused(pipe, options, message):
     with pytest.raises(ValueError, match=message):
-        pipe.generate("a star", progress=False, **options)
+        pipe.generate("a cat", progress=False, **options)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_bad_pictures_are_refused(pipe, tmp_path):
 
 def test_overflow_is_an_error_not_a_black_picture(pipe):
     with pytest.raises(FloatingPointError, match="step 0"):
-        pipe.generate("a star", latents=torch.full((1, 16, 64), 3e38), progress=False)
+        pipe.generate("a cat", latents=torch.full((1, 36, 64), 3e38), progress=False)
 
 
 @pytest.mark.parametrize("device, predictions", [("cpu", 3), ("a GPU", 5)])
@@ -294,7 +294,7 @@ def test_overflow_is_named_by_its_first_step(pipe, monkeypatch, device, predicti
 
     monkeypatch.setattr(pipe, "velocity", lambda *given: velocity)
     with pytest.raises(FloatingPointError, match="step 2"):
-        pipe.generate("a star", num_inference_steps=5, progress=False)
+        pipe.generate("a cat", num_inference_steps=5, progress=False)
     assert len(asked) == predictions
 
 
@@ -316,7 +316,7 @@ def test_no_step_waits_for_a_gpu(pipe, monkeypatch, device, looks_a_step):
     counts = []
     with Looks() as looks:
         options = {"num_inference_steps": 4, "callback": lambda *now: counts.append(looks.count), "progress": False}
-        pipe.generate("a star", true_cfg_scale=4.0, **options)
+        pipe.generate("a cat", true_cfg_scale=4.0, **options)
     assert [after - before for before, after in zip(counts, counts[1:], strict=False)] == [looks_a_step] * 3
 
 
@@ -339,7 +339,7 @@ def test_a_checkpoint_that_only_draws(tmp_path):
     index = json.loads((TINY / "model_index.json").read_text()) | {"_class_name": "QwenImagePipeline"}
     (tmp_path / "t2i" / "model_index.json").write_text(json.dumps(index))
     pipe = QwenImagePipeline.from_pretrained(tmp_path / "t2i", device="cpu")
-    assert pipe.generate("a star", num_inference_steps=1, progress=False).size == (64, 64)
+    assert pipe.generate("a cat", num_inference_steps=1, progress=False).size == (96, 96)
     with pytest.raises(ValueError, match="only draws"):
         pipe.edit(Image.new("RGB", (64, 64)), "x")
 
@@ -348,7 +348,7 @@ def test_a_checkpoint_that_only_draws(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_picture_of_the_cpu(rng, pipe):
     edit = sample_edit(np.random.default_rng(rng.randrange(10**6)))
-    options = {"num_inference_steps": 8, "latents": noise(64, 64), "progress": False}
+    options = {"num_inference_steps": 8, "latents": noise(96, 96), "progress": False}
     there = QwenImagePipeline.from_pretrained(TINY, device="cuda", dtype=torch.float32)
     want = pipe.edit(edit.source, edit.instruction, **options)
     assert levels(there.edit(edit.source, edit.instruction, **options), want) <= 2

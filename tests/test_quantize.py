@@ -207,7 +207,7 @@ def test_the_velocity_stays_near(bits, largest):
     pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu")
     model = copy.deepcopy(pipe.transformer)
     quantize_blocks(model, bits)
-    inputs = torch.randn(1, 16, 64), *pipe.encode_prompt("a red star"), torch.tensor([0.7]), [[(1, 4, 4)]]
+    inputs = torch.randn(1, 16, 64), *pipe.encode_prompt("a small cat"), torch.tensor([0.7]), [[(1, 4, 4)]]
     with torch.no_grad():
         assert relative(model(*inputs), pipe.transformer(*inputs)) < largest
 

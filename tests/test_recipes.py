@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.run import Run, read_state
-from minqwen.world import WORLD, Scene, sample_scene
+from minqwen.world import Scene, sample_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny"
@@ -35,6 +35,7 @@ def small(monkeypatch):
     """A transformer of one block, an autoencoder that sees few pictures."""
     monkeypatch.setitem(tiny_models.TRANSFORMER, "num_layers", 1)
     monkeypatch.setattr(train_vae, "scenes", few_scenes)
+    monkeypatch.setattr(train_vae, "unseen", dict)
 
 
 def make(runs: Path, out: Path) -> None:
@@ -43,6 +44,7 @@ def make(runs: Path, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_transformer, "BATCH", 2)
         patch.setattr(train_vae, "scenes", few_scenes)
+        patch.setattr(train_vae, "unseen", dict)
         make_tiny.make(make_tiny.parser().parse_args(words))
 
 
@@ -72,13 +74,13 @@ def test_make_tiny_writes_a_checkpoint_that_opens(made):
             assert shapes(new) == shapes(old)
             assert all(new.get_tensor(name).isfinite().all() for name in new.keys())
     pipe = QwenImagePipeline.from_pretrained(made / "tiny", device="cpu")
-    assert pipe.generate("a red star", num_inference_steps=1, progress=False).size == (64, 64)
+    assert pipe.generate("a cat", num_inference_steps=1, progress=False).size == (96, 96)
 
 
 @pytest.mark.slow
 def test_make_tiny_goes_on_where_it_was_cut_off(made, capsys):
     make(made, made / "again")
-    assert capsys.readouterr().out.count("done before") == 4
+    assert capsys.readouterr().out.count("done before") == 2
     for name in ("transformer/diffusion_pytorch_model.safetensors", train_edit_plus.FILE):
         again, first = (load_file(made / folder / name) for folder in ("again", "tiny"))
         assert again.keys() == first.keys() and all(torch.equal(again[key], first[key]) for key in first)
@@ -95,13 +97,13 @@ def loss_on(net, tasks) -> torch.Tensor:
 def test_training_lowers_the_loss_and_the_average_follows(small):
     torch.manual_seed(0)
     rng, pipe = np.random.default_rng(0), QwenImagePipeline.from_pretrained(TINY, device="cpu")
-    encode = train_transformer.encoder(pipe.vae, train_transformer.parser().parse_args(["full"]))
+    encode = train_transformer.encoder(pipe.vae, train_transformer.parser().parse_args([]))
     net, average = tiny_models.build(pipe.tokenizer), tiny_models.build(pipe.tokenizer)
     average.load_state_dict(net.state_dict())
     average.requires_grad_(False)
     opts = train_transformer.optimizers(net, 1e-3)
     run = Run(None, None, (), {}, {})
-    pool = [train_transformer.sample_tasks(rng, 2, draw, WORLD, pipe.tokenizer, encode) for draw in (False, True)]
+    pool = [train_transformer.sample_tasks(rng, 2, draw, pipe.tokenizer, encode) for draw in (False, True)]
     before = [loss_on(net, tasks).item() for tasks in pool]
     weights = list(net.parameters()), list(average.parameters())
     for tasks in 4 * pool:
@@ -115,7 +117,7 @@ def test_training_the_autoencoder_lowers_its_loss():
     torch.manual_seed(0)
     vae = tiny_models.build_vae()
     x = common.pictures(train_vae.scenes(np.random.default_rng(0), 1))
-    optimizer = torch.optim.AdamW(vae.parameters(), 2.5e-3)
+    optimizer = torch.optim.AdamW(vae.parameters(), 2e-4)
     losses = []
     for _ in range(4):
         losses.append(train_vae.reconstruction_loss(vae, x))
@@ -160,27 +162,26 @@ def test_a_step_is_that_of_torchs_muon_up_to_its_bfloat16():
 # ------------------------------------------------------------------------------------ the stored logs
 
 
-LOGS = {
-    train_vae: "data/recipes/log_vae_{}.csv",
-    train_transformer: "data/recipes/log_transformer_{}.csv",
-    train_edit_plus: "data/tiny/log_{}.csv",  # trained on the shipped weights
+FIRST = {  # what each must be told
+    train_vae: (),
+    train_transformer: (),
+    train_edit_plus: (str(TINY),),
 }
 
 
-@pytest.mark.parametrize("module", LOGS)
+@pytest.mark.parametrize("module", FIRST)
 def test_the_stored_logs_are_of_runs_as_long_as_the_recipe_says(module):
     for phase, steps in module.STEPS.items():
-        with (ROOT / LOGS[module].format(phase)).open(encoding="utf-8") as file:
+        with (TINY / f"log_{phase}.csv").open(encoding="utf-8") as file:
             last = list(csv.DictReader(file))[-1]
-        batch = module.parser().parse_args([phase]).batch
+        batch = module.parser().parse_args(FIRST[module]).batch
         assert int(last.get("step") or int(last["samples"]) / batch) == steps
 
 
-def test_each_cycle_of_the_learning_rate_rises_and_falls_alike():
-    shares = [train_transformer.rate_share(step, 2000, 2, 0.5) for step in range(2010)]
-    assert shares[:1000] == shares[1000:2000]
+def test_the_learning_rate_rises_and_falls():
+    shares = [train_transformer.rate_share(step, 1000) for step in range(1010)]
     assert (shares[0], shares[99], shares[500], shares[750], shares[999]) == (0.01, 1, 1, 0.5, 0.01)
-    assert max(shares[2000:]) == 0.01  # a run ends with a whole pool, so it may go a little beyond its steps
+    assert max(shares[1000:]) == 0.01  # a run ends with a whole pool, so it may go a little beyond its steps
 
 
 # ------------------------------------------------------------------------------------ runs that are cut off
@@ -188,24 +189,24 @@ def test_each_cycle_of_the_learning_rate_rises_and_falls_alike():
 
 SMALL = ["--steps", "4", "--batch", "2", "--pool", "1", "--reuse", "2", "--check-every", "0"]
 CASES = {
-    "autoencoder": (train_vae, "joint", ["--steps", "4", "--save-every", "2"], "vae_joint.pt", "vae"),
-    "transformer": (train_transformer, "small", SMALL, "transformer_small.pt", "average"),
-    "adapter": (train_edit_plus, str(TINY), [*SMALL, "--rank", "2"], "edit_plus.pt", "average"),
+    "autoencoder": (train_vae, [], ["--steps", "4", "--save-every", "2"], "vae.pt", "vae"),
+    "transformer": (train_transformer, [], SMALL, "transformer.pt", "average"),
+    "adapter": (train_edit_plus, [str(TINY)], [*SMALL, "--rank", "2"], "edit_plus.pt", "average"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_is_killed_anywhere_ends_in_the_same_weights_and_log(small, tmp_path, monkeypatch, case):
-    module, phase, options, file, part = CASES[case]
+    module, first, options, file, part = CASES[case]
     vae = tiny_models.build_vae()
 
     def train(folder: Path) -> dict:
         if module is train_transformer and not folder.exists():
             make_tokenizer.save(make_tokenizer.build(), folder / "tokenizer")
             (folder / "vae_config.json").write_text(json.dumps(tiny_models.VAE), encoding="utf-8")
-            Run(folder / "vae_joint.pt", None, (), {"vae": vae}, {}).save()
-        module.train(module.parser().parse_args([phase, *options, "--runs", str(folder), "--device", "cpu"]))
+            Run(folder / "vae.pt", None, (), {"vae": vae}, {}).save()
+        module.train(module.parser().parse_args([*first, *options, "--runs", str(folder), "--device", "cpu"]))
         return read_state(folder / file)
 
     whole, clip, calls = train(tmp_path / "whole"), torch.nn.utils.clip_grad_norm_, []
@@ -228,7 +229,7 @@ def test_a_run_that_is_killed_anywhere_ends_in_the_same_weights_and_log(small, t
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_its_own_settings_only(small, tmp_path):
-    words = ["joint", "--steps", "1", "--runs", str(tmp_path), "--device", "cpu"]
+    words = ["--steps", "1", "--runs", str(tmp_path), "--device", "cpu"]
     train_vae.train(train_vae.parser().parse_args(words))
     with pytest.raises(ValueError, match="seed 0 there, 1 now"):
         train_vae.train(train_vae.parser().parse_args([*words, "--seed", "1"]))

@@ -56,7 +56,7 @@ def test_the_released_geometry_is_as_expected(tmp_path, monkeypatch):
         hub.stop()
     others = {name for name, (status, _) in found.items() if status != "as expected"}
     assert others == {"tokenizer", "text_encoder/config.json"}, found
-    assert found["text_encoder/config.json"][1].endswith("is 926, not 151655")
+    assert found["text_encoder/config.json"][1].endswith("is 1119, not 151655")
     read = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file())
     assert read < 2**20  # what was read of the weights came by ranges
 

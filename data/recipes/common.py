@@ -3,11 +3,14 @@
 import argparse
 import json
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minqwen.run import Run
 from minqwen.world import Scene, draw_array
@@ -17,14 +20,29 @@ FREE = ("steps", "checkpoint", "runs", "out", "device", "compile", "check_every"
 
 
 def pictures(scenes: list[Scene]) -> Tensor:
-    """Scenes -> (B, 3, 1, 64, 64) in [-1, 1]."""
-    array = np.stack([draw_array(scene) for scene in scenes])
-    return torch.from_numpy(array).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
+    """Scenes -> (B, 3, 1, 96, 96) in [-1, 1]."""
+    return as_pixels([draw_array(scene) for scene in scenes])
+
+
+def as_pixels(arrays: list[np.ndarray]) -> Tensor:
+    """Pictures (H, W, 3) of levels up to 255, all of one size -> (B, 3, 1, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)[:, :, None].float() / 127.5 - 1
 
 
 def device() -> str:
     """Where to train: CUDA, else MPS, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@contextmanager
+def fast(args: argparse.Namespace) -> Iterator[None]:
+    """With --bf16, products are computed in bfloat16; weights and their steps stay in float32.
+
+    On a CPU attention is written out: the gradients of the fused one take longer than all else of a step together.
+    """
+    attention = sdpa_kernel(SDPBackend.MATH) if args.device == "cpu" else nullcontext()
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16), attention:
+        yield
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -56,6 +74,8 @@ class Chance:
 class Muon(torch.optim.Optimizer):
     """Moves a matrix along its momentum, turned into the nearest orthogonal matrix: every direction equally far.
 
+    The weights of a convolution are one too, of outputs by all that they see.
+
     The step is as long as AdamW's would be. It is torch.optim.Muon (new in torch 2.9) with match_rms_adamw and no
     weight decay, but for one thing: that one rounds to bfloat16, which a CPU without units for it computes at a
     fraction of the speed. Sources: Jordan et al. 2024, Muon; Liu et al. 2025, Muon is scalable for LLM training.
@@ -67,6 +87,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            alike = defaultdict(list)  # matrices of one shape are turned together
             for matrix in group["params"]:
                 if matrix.grad is None:
                     continue
@@ -74,15 +95,20 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
-                ahead = matrix.grad.lerp(state["momentum_buffer"], group["momentum"])  # as Nesterov does
-                matrix.sub_(orthogonal(ahead), alpha=0.2 * math.sqrt(max(matrix.shape)) * group["lr"])
+                ahead = matrix.grad.lerp(state["momentum_buffer"], group["momentum"]).flatten(1)  # as Nesterov does
+                alike[ahead.shape].append((matrix, ahead))
+            for shape, pairs in alike.items():
+                matrices, all_ahead = zip(*pairs, strict=True)
+                for matrix, turned in zip(matrices, orthogonal(torch.stack(all_ahead)), strict=True):
+                    matrix.sub_(turned.view_as(matrix), alpha=0.2 * math.sqrt(max(shape)) * group["lr"])
 
 
-def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The matrix with its singular values all brought near 1, by Newton and Schulz's iteration."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / wide.norm().clamp(min=1e-7)
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices (..., m, n) with their singular values all brought near 1, by Newton and Schulz's iteration."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    wide = matrices.mT if tall else matrices
+    x = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        square = x @ x.T
+        square = x @ x.mT
         x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
-    return x if wide is matrix else x.T
+    return x.mT if tall else x

@@ -1,4 +1,4 @@
-"""Draws the curves of a training from its logs: python data/recipes/curves.py FOLDER_OF_LOGS PICTURE"""
+"""Draws the curves of a training from its log: python data/recipes/curves.py LOG PICTURE"""
 
 import csv
 import sys
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-COLUMNS = ("recolour", "remove", "add", "background", "shape", "move", "swap", "draw")
+KINDS = ("replace", "remove", "add", "move", "swap", "background")
+STYLES = dict.fromkeys(KINDS, {}) | {"draw": {"color": "black"}, "open": {"color": "black", "linestyle": "--"}}
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -14,20 +15,22 @@ def read(path: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def curves(logs: Path, picture: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, facecolor="white")
-    for axis, phase in zip(axes, ("small", "full"), strict=True):
-        rows = [row for row in read(logs / f"log_transformer_{phase}.csv") if "draw" in row]
-        for column in COLUMNS:
-            points = [(row["samples"] / 1000, row[column]) for row in rows if column in row]
-            if points:
-                style = {"color": "black", "linestyle": "--"} if column == "draw" else {}
-                axis.plot(*zip(*points, strict=True), label=column, **style)
-        axis.set_title(f"{phase} world")
+def curves(log: Path, picture: Path) -> None:
+    rows = read(log)
+    figure, (losses, right) = plt.subplots(1, 2, figsize=(11, 4), facecolor="white")
+    for name, label in (("loss_edit", "edits"), ("loss_draw", "drawings")):
+        losses.plot([row["samples"] / 1000 for row in rows], [row[name] for row in rows], label=label)
+    losses.set_title("loss")
+    losses.set_ylim(0, 0.6)
+    for name, style in STYLES.items():
+        points = [(row["samples"] / 1000, row[name]) for row in rows if name in row]
+        right.plot(*zip(*points, strict=True), label=name, **style)
+    right.set_title("right, per cent (40 of each kind, 10 steps, no guidance)")
+    for axis in (losses, right):
         axis.set_xlabel("thousand samples")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("right, per cent (40 of each kind, 10 steps)")
-    axes[1].legend(loc="lower right", fontsize=9)
+    losses.legend()
+    right.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(picture, dpi=90)
 

@@ -1,6 +1,6 @@
 """Writes the trained parts as a checkpoint in the released layout, bf16: python data/recipes/export.py FOLDER
 
-Needs vae_config.json, vae_decoder.pt (or vae_joint.pt) and transformer_full.pt in runs/.
+Needs vae_config.json, vae.pt and transformer.pt in runs/.
 """
 
 import json
@@ -55,8 +55,8 @@ PROCESSOR = {
 MODEL_INDEX = {
     "_class_name": "QwenImageEditPipeline",
     "_diffusers_version": DIFFUSERS,
-    "_area": 64 * 64,  # ours: the default working size, in pixels
-    "_true_cfg_scale": 2.0,  # ours: the default guidance, the best of 1 to 5 (see evaluate.py)
+    "_area": 96 * 96,  # ours: the default working size, in pixels
+    "_true_cfg_scale": 1.5,  # ours: the default guidance, the best of 1 to 5 (see evaluate.py)
     "processor": ["transformers", "Qwen2VLProcessor"],
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
@@ -89,9 +89,9 @@ def export(folder: Path, runs: Path = Path("runs")) -> None:
                 "temperal_downsample": [False, True, True]}  # fmt: skip
     config = {"_class_name": AutoencoderKLQwenImage.__name__, "_diffusers_version": DIFFUSERS} | config | released
     write_json(folder / "vae" / "config.json", config)
-    write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", load_vae(runs, decoder=True).state_dict())
+    write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", load_vae(runs).state_dict())
 
-    average = read_state(runs / "transformer_full.pt")["parts"]["average"]
+    average = read_state(runs / "transformer.pt")["parts"]["average"]
     parts = {"transformer": {}, "text_encoder": {}}
     for name, tensor in average.items():
         component, _, name = name.partition(".")

@@ -1,7 +1,7 @@
 """Makes the tiny checkpoint from nothing: make tiny, or python data/recipes/make_tiny.py --help
 
-Tokenizer, autoencoder (two phases), text encoder and transformer (two phases), export, adapter for two pictures. It can
-be stopped at any moment and started again: what is done is not done twice, and the weights come out the same.
+Tokenizer, autoencoder, text encoder and transformer, export, adapter for two pictures. It can be stopped
+at any moment and started again: what is done is not done twice, and the weights come out the same.
 """
 
 import argparse
@@ -18,24 +18,23 @@ import train_transformer
 import train_vae
 from common import device
 from export import export
+from train_edit_plus import FILE
 
 from minqwen.run import locked
 
 PHASES = [
-    (train_vae, "joint"),
-    (train_vae, "decoder"),
-    (train_transformer, "small"),
-    (train_transformer, "full"),
+    (train_vae, "vae"),
+    (train_transformer, "transformer"),
     (train_edit_plus, "edit_plus"),
 ]
 
 
 def train(module, phase: str, steps: int, runs: Path, out: Path, device: str, *more: str) -> None:
     """One phase. The last one, the adapter for two pictures, is trained on the finished checkpoint."""
+    what = {train_vae: [], train_transformer: [], train_edit_plus: [str(out), "--out", str(out / FILE)]}
     if module is train_edit_plus:
         export(out, runs)
-        phase, more = str(out), (*more, "--out", str(out / train_edit_plus.FILE))
-    words = [phase, "--steps", str(steps), "--runs", str(runs), "--device", device, *more]
+    words = [*what[module], "--steps", str(steps), "--runs", str(runs), "--device", device, *more]
     module.train(module.parser().parse_args(words))
 
 
@@ -47,6 +46,7 @@ def rehearse(args: argparse.Namespace) -> dict[str, float]:
         make_tokenizer.save(make_tokenizer.build(), runs / "tokenizer")
         for module, phase in PHASES:
             more = ["--pool", "1", "--check-every", "0"] if module is not train_vae else []
+            more += ["--bf16"] * args.bf16
             took = []
             for steps in (8, 16, 32):  # 8 steps, 8 more, 16 more: the last two differ by 8 steps and nothing else
                 start = time.time()
@@ -82,7 +82,7 @@ def make_parts(args: argparse.Namespace, steps: dict[str, int]) -> None:
         if done.exists() and module is not train_edit_plus:  # which also writes the checkpoint
             print(f"{phase}: done before", flush=True)
             continue
-        more = ["--compile"] if args.compile else []
+        more = ["--compile"] * args.compile + ["--bf16"] * args.bf16
         if args.share < 0.1 and module is not train_vae:  # a trial: pools that are not longer than the phase
             pool = min(8, math.ceil(steps[phase] / 2))
             more += ["--pool", str(pool), "--reuse", "2", "--check-every", "0"]
@@ -96,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--share", type=float, default=1.0, help="share of the full recipe's steps: 0.003 is a trial")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of unfinished work and logs")
     parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16: faster where there are units for it")
     parser.add_argument("--no-estimate", action="store_true", help="begin at once")
     parser.add_argument("--device", default=device())
     return parser

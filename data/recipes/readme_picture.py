@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib import font_manager
 from PIL import Image
 
 from minqwen.lora import load_lora
@@ -10,17 +11,20 @@ from minqwen.prompt import EDIT_PLUS
 from minqwen.world import Scene, Thing, draw
 
 WISHES = [
-    "make the star\ngreen",
-    "remove\nthe red circle",
-    "add a blue square\nat the bottom right",
-    "turn the heart\ninto a triangle",
-    "change the background\nto black",
+    "replace the cat\nwith a fox",
+    "remove the cake",
+    "add a rocket\nat the top right",
+    "move the cat\nto the top right",
+    "swap the cat\nand the cake",
+    "make the background\ngreen",
+    "在右上角加熊猫",
 ]
 TWO = [
-    draw(Scene("white", (Thing("circle", "red", "top left"), Thing("star", "purple", "bottom left")))),
-    draw(Scene("black", (Thing("square", "cyan", "top right"), Thing("star", "yellow", "bottom right")))),
+    draw(Scene("white", (Thing("panda", "top left"), Thing("cake", "bottom left")))),
+    draw(Scene("blue", (Thing("rocket", "top right"), Thing("cake", "bottom right")))),
 ]
-TWO_WISHES = ["put the star of Picture 2\non Picture 1", "Picture 1 should have\nthe cyan shape of Picture 2"]
+TWO_WISHES = ["put the cake of Picture 2\non Picture 1", "Picture 1 should have\nthe vehicle of Picture 2"]
+CHINESE_FONTS = {"Noto Sans CJK SC", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei"}  # one of them is needed
 EXCHANGED = "the first wish, the pictures\ngiven in the other order"
 
 
@@ -45,9 +49,10 @@ def save(path: str, columns: int, pictures: list[Image.Image], titles: list[str]
 
 
 if __name__ == "__main__":
+    plt.rcParams["font.family"] = ["DejaVu Sans", *CHINESE_FONTS & set(font_manager.get_font_names())]
     pipe = QwenImagePipeline.from_pretrained("data/tiny")
     scene = Image.open("data/pictures/scene.png")
-    save("data/readme.png", 3, [scene, *edits(pipe, [scene], WISHES)], ["given", *WISHES], (8.4, 6.4))
+    save("data/readme.png", 4, [scene, *edits(pipe, [scene], WISHES)], ["given", *WISHES], (11.2, 6.8))
     pipe.edit_template = EDIT_PLUS
     load_lora(pipe.transformer, "data/tiny/edit_plus_lora.safetensors")
     pictures = [*TWO, *edits(pipe, TWO, TWO_WISHES), *edits(pipe, TWO[::-1], TWO_WISHES[:1])]

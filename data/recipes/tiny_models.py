@@ -20,7 +20,7 @@ TRANSFORMER = {
     "guidance_embeds": False,
     "in_channels": 64,
     "joint_attention_dim": 128,
-    "num_attention_heads": 4,
+    "num_attention_heads": 5,
     "num_layers": 6,
     "out_channels": 16,
     "patch_size": 2,
@@ -39,12 +39,10 @@ def build_vae(config: dict = VAE) -> AutoencoderKLQwenImage:
     return vae
 
 
-def load_vae(runs: Path, decoder: bool = False) -> AutoencoderKLQwenImage:
-    """The trained autoencoder, frozen; its decoder from the later phase where that has begun."""
+def load_vae(runs: Path) -> AutoencoderKLQwenImage:
+    """The trained autoencoder, frozen."""
     vae = build_vae(json.loads((runs / "vae_config.json").read_text(encoding="utf-8")))
-    later = decoder and (runs / "vae_decoder.pt").exists()
-    state = read_state(runs / ("vae_decoder.pt" if later else "vae_joint.pt"))
-    vae.load_state_dict(state["parts"]["vae"])
+    vae.load_state_dict(read_state(runs / "vae.pt")["parts"]["vae"])
     return vae.eval().requires_grad_(False)
 
 

@@ -1,7 +1,7 @@
 """Trains the adapter that lets a tiny checkpoint combine two pictures: python data/recipes/train_edit_plus.py --help
 
 The checkpoint edits one picture, as Qwen-Image-Edit does. With this LoRA on its transformer, and the prompt form of
-Qwen-Image-Edit-2509 ("Picture 1:", "Picture 2:"), it does "put the star of Picture 2 on Picture 1" as well, always in
+Qwen-Image-Edit-2509 ("Picture 1:", "Picture 2:"), it does "put the cat of Picture 2 on Picture 1" as well, always in
 this direction: three batches of four are of that kind, one of its other edits. All else stays frozen, so prompts are
 encoded once a batch. Writes into runs/: edit_plus.pt, which resumes, log_edit_plus.csv, edit_plus.png, a sheet of
 pictures, at every measurement, and at the end edit_plus_lora.safetensors.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Chance, note, settings
+from common import Chance, fast, note, settings
 from torch import Tensor, nn
 from train_transformer import (
     accuracy,
@@ -34,9 +34,9 @@ from minqwen.lora import add_lora, save_lora
 from minqwen.pipeline import QwenImagePipeline
 from minqwen.prompt import EDIT_PLUS
 from minqwen.run import Run
-from minqwen.world import COMBINE, KINDS, WORLD, sample_edit
+from minqwen.world import COMBINE, KINDS, sample_edit
 
-STEPS = {"edit_plus": 3840}
+STEPS = {"edit_plus": 640}
 SINGLE = 0.25  # the share of batches that edit one picture
 TARGETS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out net.0.proj net.2".split()
 FILE = "edit_plus_lora.safetensors"
@@ -76,15 +76,15 @@ def train(args: argparse.Namespace) -> None:
         right = {}
         if is_due(run, args.steps, args):
             kinds, sheet = (COMBINE, *KINDS), state.with_suffix(".png")
-            right = accuracy(averaged, pipe.vae, kinds, WORLD, pipe.tokenizer, encode, sheet, args.device, EDIT_PLUS)
+            right = accuracy(averaged, pipe.vae, kinds, pipe.tokenizer, encode, sheet, args.device, EDIT_PLUS)
         note(run, minutes=run.elapsed() / 60, samples=run.step * args.batch, loss=float(np.mean(losses)), **right)
         run.save()
         losses.clear()
 
     for batch, changed in from_pools(run, args.steps, args, rng, sample, finish):
-        loss = weighted_loss(transformer, batch, changed, args.shift, args.changed_weight)
-        rate = args.lr * rate_share(run.step, args.steps, 1, 0.5)
-        step(run, loss, rate, trained, means, opts, args.average)
+        with fast(args):
+            loss = weighted_loss(transformer, batch, changed, args.shift, args.changed_weight)
+        step(run, loss, args.lr * rate_share(run.step, args.steps), trained, means, opts, args.average)
         losses.append(loss.item())
     save_lora(average, args.out or args.runs / FILE)
 
@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a folder: data/tiny, or what make_tiny.py wrote")
     parser.add_argument("--steps", type=int, default=STEPS["edit_plus"])
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, help=f"the adapter's file, by default {FILE} in the folder of --runs")
     return add_options(parser)

@@ -1,10 +1,9 @@
 """Trains the tiny checkpoint's text encoder and transformer together: python data/recipes/train_transformer.py --help
 
-Two phases: in the `small` world from nothing, then in the `full` one from the small one's averaged weights.
-Needs vae_joint.pt and vae_config.json (train_vae.py joint) and tokenizer/ (make_tokenizer.py) in runs/.
+Needs vae.pt and vae_config.json (train_vae.py) and tokenizer/ (make_tokenizer.py) in runs/.
 Drawing from words and editing are mixed: in an edit most tokens are copies and words earn little gradient, in a
-drawing every token depends on them. Writes into runs/: transformer_PHASE.pt, which resumes, log_transformer_PHASE.csv
-and, at every measurement, transformer_PHASE.png, a sheet of pictures.
+drawing every token depends on them. Writes into runs/: transformer.pt, which resumes, log_transformer.csv and, at every
+measurement, transformer.png, a sheet of pictures.
 """
 
 import argparse
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Chance, Muon, device, note, pictures, settings
+from common import Chance, Muon, device, fast, note, pictures, settings
 from PIL import Image
 from tiny_models import build, load_vae
 from torch import Tensor, nn
@@ -24,31 +23,29 @@ from tqdm import tqdm
 from minqwen.flow import Batch, flow_error, sample_sigmas
 from minqwen.images import pack_latents, pixels_to_image, unpack_latents
 from minqwen.prompt import EDIT, T2I, Template, TokenizedPrompts, drop_prefix, tokenize_prompts
-from minqwen.run import Run, read_state
+from minqwen.run import Run
 from minqwen.sampling import denoise, get_sigmas
 from minqwen.text_encoder import Qwen2_5_VLTextEncoder
 from minqwen.tokenizer import load_tokenizer
 from minqwen.vae import AutoencoderKLQwenImage
-from minqwen.world import SMALL, WORLD, Edit, World, judge, random_item, sample_drawing, sample_edit
+from minqwen.world import KINDS, SIZE, WORLD, Edit, judge, pick, sample_drawing, sample_edit
 
-STEPS = {"small": 3200, "full": 24320}
-RATES = {"small": 2e-3, "full": 1.5e-3}
-CYCLES = {"small": 1, "full": 2}  # how often the rate rises and falls
-DECAYS = {"small": 0.1, "full": 0.5}  # the last share of a cycle, in which the rate falls to 0
-WORLDS = {"small": SMALL, "full": WORLD}
-DRAWN = {"small": 0.4, "full": 0.25}  # the share of batches that draw instead of edit
-HARD = {"swap": 3, "recolour": 2, "shape": 2}  # in the full world these come two or three times as often as the rest
+STEPS = {"transformer": 7680}
+DECAY = 0.5  # the last share of the steps, in which the rate falls to 0
+DRAWN = 0.4  # the share of batches that draw instead of edit
+OFTEN = {"remove": 1, "move": 2, "swap": 2, "add": 3, "background": 3, "replace": 4}  # the harder, the more often
 BATCH = 64
-GRID = (1, 4, 4)  # tokens of a 64x64 picture
+SIDE = SIZE // 16  # tokens on a side of a picture
+GRID = (1, SIDE, SIDE)
 
 
 class Tasks(NamedTuple):
     """Edits of as many pictures each, or drawings, computed as far as training does not change it: up to the words."""
 
     tokens: TokenizedPrompts
-    target: Tensor  # (B, 16, 64) clean packed latents
-    control: Tensor  # (B, 16 for each picture, 64), none for drawings
-    changed: Tensor  # (B, 16) 1 where the instruction changes the picture
+    target: Tensor  # (B, 36, 64) clean packed latents
+    control: Tensor  # (B, 36 for each picture, 64), none for drawings
+    changed: Tensor  # (B, 36) 1 where the instruction changes the picture
 
     def to(self, device: str) -> "Tasks":
         tokens = TokenizedPrompts(*(x.to(device) if isinstance(x, Tensor) else x for x in self.tokens))
@@ -56,15 +53,12 @@ class Tasks(NamedTuple):
 
 
 def sample_tasks(
-    rng: np.random.Generator, size: int, draw: bool, world: World, tokenizer, encode, no_caption: float = 0.1
+    rng: np.random.Generator, size: int, draw: bool, tokenizer, encode, no_caption: float = 0.1
 ) -> Tasks:
-    kinds = [kind for kind in world.kinds for _ in range(HARD.get(kind, 1) if world == WORLD else 1)]
-    if draw:
-        edits = [sample_drawing(rng, world) for _ in range(size)]
-    else:
-        edits = [sample_edit(rng, random_item(rng, kinds), world) for _ in range(size)]
+    kinds = [kind for kind, times in OFTEN.items() for _ in range(times)]
+    edits = [sample_drawing(rng) if draw else sample_edit(rng, pick(rng, kinds)) for _ in range(size)]
     dropped = rng.random(size) < no_caption
-    noisy = world == WORLD and rng.random() < 0.2
+    noisy = rng.random() < 0.2
     words = [chatty(rng, e.instruction) if noisy else e.instruction for e in edits]
     prompts = [" " if drop else text for text, drop in zip(words, dropped, strict=True)]
     return make_tasks(edits, prompts, tokenizer, encode, T2I if draw else EDIT)
@@ -74,7 +68,7 @@ def make_tasks(edits: list[Edit], prompts: list[str], tokenizer, encode, templat
     """Edits of as many pictures each (none: drawings), with what is said of them."""
     target = encode(pictures([e.target_scene for e in edits]))
     if template is T2I:
-        return Tasks(tokenize_prompts(tokenizer, prompts), target, target[:, :0], torch.ones(len(edits), 16))
+        return Tasks(tokenize_prompts(tokenizer, prompts), target, target[:, :0], torch.ones(target.shape[:2]))
     tokens = tokenize_prompts(tokenizer, prompts, [e.sources for e in edits], template)
     scenes = zip(*(e.scenes for e in edits), strict=True)  # all first pictures, all second ones
     control = torch.cat([encode(pictures(list(each))) for each in scenes], dim=1)
@@ -93,7 +87,7 @@ def chatty(rng: np.random.Generator, instruction: str) -> str:
 def changed_tokens(edit: Edit) -> Tensor:
     """1 for the tokens (16 pixels square) in which source and target differ."""
     differs = np.any(np.asarray(edit.source) != np.asarray(edit.target), axis=-1)
-    return torch.from_numpy(differs.reshape(4, 16, 4, 16).any((1, 3)).reshape(16)).float()
+    return torch.from_numpy(differs.reshape(SIDE, 16, SIDE, 16).any((1, 3)).reshape(SIDE**2)).float()
 
 
 def with_words(text_encoder: Qwen2_5_VLTextEncoder, tasks: Tasks) -> Batch:
@@ -113,14 +107,14 @@ def weighted_loss(
     """
     sigma = sample_sigmas(len(batch.target), "shifted", shift).to(batch.target.device)
     noise = torch.randn(batch.target.shape).to(batch.target.device)
-    error = flow_error(transformer, batch, sigma, noise).mean(-1)  # (B, 16)
+    error = flow_error(transformer, batch, sigma, noise).mean(-1)  # (B, 36)
     weight = 1 + (changed_weight - 1) * changed
     return (error * weight).sum() / weight.sum()
 
 
 @torch.no_grad()
 def accuracy(
-    net: nn.ModuleDict, vae, kinds: tuple[str, ...], world: World, tokenizer, encode, sheet: Path, device: str,
+    net: nn.ModuleDict, vae, kinds: tuple[str, ...], tokenizer, encode, sheet: Path, device: str,
     template: Template = EDIT, rows: int = 40, steps: int = 10,
 ) -> dict[str, float]:  # fmt: skip
     """Per cent right by kind, on scenes of seeds that training never uses; 10 steps, no guidance.
@@ -130,20 +124,21 @@ def accuracy(
     right, lines = {}, []
     for number, kind in enumerate(kinds):
         rng = np.random.default_rng(10**7 + number)
-        edits = [sample_drawing(rng, world) if kind == "draw" else sample_edit(rng, kind, world) for _ in range(rows)]
+        drawn = kind in ("draw", "open")
+        edits = [sample_drawing(rng, WORLD, kind == "open") if drawn else sample_edit(rng, kind) for _ in range(rows)]
         prompts = [e.instruction for e in edits]
-        tasks = make_tasks(edits, prompts, tokenizer, encode, T2I if kind == "draw" else template).to(device)
+        tasks = make_tasks(edits, prompts, tokenizer, encode, T2I if drawn else template).to(device)
         images = paint(net["transformer"], vae, with_words(net["text_encoder"], tasks), steps)
         right[kind] = 100 * sum(map(judge, images, edits)) / rows
         line = []
         for edit, image in zip(edits, images, strict=True):
             line += [*(edit.sources or [None]), image]
         lines.append(line[:12])
-    page = Image.new("RGB", (12 * 68, len(lines) * 68), "white")
+    page = Image.new("RGB", (12 * (SIZE + 4), len(lines) * (SIZE + 4)), "white")
     for y, line in enumerate(lines):
         for x, image in enumerate(line):
             if image:
-                page.paste(image, (68 * x, 68 * y))
+                page.paste(image, ((SIZE + 4) * x, (SIZE + 4) * y))
     page.save(sheet)
     return right
 
@@ -159,7 +154,7 @@ def paint(transformer: nn.Module, vae: AutoencoderKLQwenImage, batch: Batch, ste
 
     noise = torch.randn(batch.target.shape, generator=torch.Generator().manual_seed(0)).to(batch.target.device)
     latents = denoise(velocity, noise, get_sigmas(steps, tokens))
-    pixels = vae.decode(vae.denormalize(unpack_latents(latents, 8, 8)))
+    pixels = vae.decode(vae.denormalize(unpack_latents(latents, 2 * SIDE, 2 * SIDE)))
     return [pixels_to_image(p[None]) for p in pixels]
 
 
@@ -175,8 +170,9 @@ def encoder(vae: AutoencoderKLQwenImage, args: argparse.Namespace) -> Callable[[
     @torch.no_grad()
     def encode(x: Tensor) -> Tensor:
         padded = F.pad(x.to(args.device), (0,) * 9 + (-len(x) % 16,))
-        latents = torch.cat([mode(part) for part in padded.split(16)])[: len(x)]
-        return pack_latents(vae.normalize(latents))
+        with fast(args):
+            latents = torch.cat([mode(part) for part in padded.split(16)])[: len(x)]
+        return pack_latents(vae.normalize(latents.float()))
 
     return encode
 
@@ -189,15 +185,13 @@ def optimizers(net: nn.ModuleDict, lr: float) -> dict[str, torch.optim.Optimizer
         (matrices if parameter.ndim == 2 and inside else rest).append(parameter)
     return {
         "muon": Muon(matrices, lr),
-        "adamw": torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
+        "adamw": torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
     }
 
 
-def rate_share(step: int, steps: int, cycles: int, decay: float) -> float:
-    """The learning rate as a share of its height: in each cycle 100 steps of warm-up, level, then linearly to 0."""
-    period = steps / cycles
-    step -= period * min(cycles - 1, step // period)  # steps beyond the last stay in the last cycle
-    return min(1, (step + 1) / 100, max(0.01, (1 - step / period) / decay))
+def rate_share(step: int, steps: int) -> float:
+    """The learning rate as a share of its height: 100 steps of warm-up, level, then linearly to 0."""
+    return min(1, (step + 1) / 100, max(0.01, (1 - step / steps) / DECAY))
 
 
 def from_pools(
@@ -242,33 +236,29 @@ def step(
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    runs, phase, steps, lr = args.runs, args.phase, args.steps or STEPS[args.phase], args.lr or RATES[args.phase]
+    runs, steps = args.runs, args.steps
     tokenizer, vae = load_tokenizer(runs / "tokenizer"), load_vae(runs).to(args.device)
     net, average = build(tokenizer).to(args.device), build(tokenizer).to(args.device)
     average.load_state_dict(net.state_dict())
     average.requires_grad_(False)
-    opts, world = optimizers(net, lr), WORLDS[phase]
-    kinds = (*world.kinds, "draw")
+    opts, kinds = optimizers(net, args.lr), (*KINDS, "draw", "open")
     fields = ("minutes", "samples", "loss_edit", "loss_draw", *kinds)
-    state, log = runs / f"transformer_{phase}.pt", runs / f"log_transformer_{phase}.csv"
+    state, log = runs / "transformer.pt", runs / "log_transformer.csv"
     run = Run(state, log, fields, {"net": net, "average": average, "chance": Chance(rng)} | opts, settings(args))
-    if not run.resume() and phase == "full":
-        start = read_state(runs / "transformer_small.pt")["parts"]["average"]
-        net.load_state_dict(start)
-        average.load_state_dict(start)
+    run.resume()
     encode = encoder(vae, args)
     if args.compile:
         net["transformer"].compile(dynamic=True)
+    weights = list(net.parameters()), list(average.parameters())
     losses = {"loss_edit": [], "loss_draw": []}
 
     def sample() -> Tasks:
-        return sample_tasks(rng, args.batch, rng.random() < DRAWN[phase], world, tokenizer, encode)
+        return sample_tasks(rng, args.batch, rng.random() < DRAWN, tokenizer, encode)
 
     def finish() -> None:
         right = {}
         if is_due(run, steps, args):
-            decoder = load_vae(runs, decoder=True).to(args.device)
-            right = accuracy(average, decoder, kinds, world, tokenizer, encode, state.with_suffix(".png"), args.device)
+            right = accuracy(average, vae, kinds, tokenizer, encode, state.with_suffix(".png"), args.device)
         means = {name: float(np.mean(each)) for name, each in losses.items() if each}
         note(run, minutes=run.elapsed() / 60, samples=run.step * args.batch, **means, **right)
         run.save()
@@ -277,10 +267,10 @@ def train(args: argparse.Namespace) -> None:
 
     for tasks in from_pools(run, steps, args, rng, sample, finish):
         tasks = tasks.to(args.device)
-        batch = with_words(net["text_encoder"], tasks)
-        loss = weighted_loss(net["transformer"], batch, tasks.changed, args.shift, args.changed_weight)
-        rate = lr * rate_share(run.step, steps, CYCLES[phase], DECAYS[phase])
-        step(run, loss, rate, list(net.parameters()), list(average.parameters()), opts, args.average)
+        with fast(args):
+            batch = with_words(net["text_encoder"], tasks)
+            loss = weighted_loss(net["transformer"], batch, tasks.changed, args.shift, args.changed_weight)
+            step(run, loss, args.lr * rate_share(run.step, steps), *weights, opts, args.average)
         losses["loss_edit" if batch.control.shape[1] else "loss_draw"].append(loss.item())
 
 
@@ -290,10 +280,11 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--shift", type=float, default=3.0, help="pushes training towards high noise")
     parser.add_argument("--changed-weight", type=float, default=3.0, help="loss weight of tokens that an edit changes")
     parser.add_argument("--average", type=float, default=0.999, help="moving average of what is trained")
-    parser.add_argument("--pool", type=int, default=40, help="batches that are encoded at a time")
+    parser.add_argument("--pool", type=int, default=16, help="batches that are encoded at a time")
     parser.add_argument("--reuse", type=int, default=8, help="times that each is used")
     parser.add_argument("--check-every", type=int, default=3, help="pools between measurements of accuracy, 0: none")
     parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16: faster where there are units for it")
     parser.add_argument("--device", default=device())
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs")
     parser.add_argument("--seed", type=int, default=0)
@@ -302,9 +293,8 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=STEPS)
-    parser.add_argument("--steps", type=int, help="by default " + ", ".join(f"{k} {v}" for k, v in STEPS.items()))
-    parser.add_argument("--lr", type=float, help="by default " + ", ".join(f"{k} {v}" for k, v in RATES.items()))
+    parser.add_argument("--steps", type=int, default=STEPS["transformer"])
+    parser.add_argument("--lr", type=float, default=2e-3)
     return add_options(parser)
 
 

@@ -1,8 +1,8 @@
 """Trains the tiny checkpoint's autoencoder: python data/recipes/train_vae.py --help
 
-Two phases. `joint`: encoder and decoder together on crops of drawn scenes, then on whole scenes. `decoder`: the
-encoder is frozen, so latents no longer change and a transformer can be trained on them meanwhile; the decoder goes on.
-Writes vae_PHASE.pt, which resumes, and log_vae_PHASE.csv into runs/.
+On crops for three quarters of the steps, then on whole pictures. Half of what it sees are drawn scenes, half pieces of
+the photos in data/recipes/photos, so that a photo comes back as a photo. Writes vae.pt, which resumes, log_vae.csv and,
+at the end, vae_config.json into runs/.
 """
 
 import argparse
@@ -12,89 +12,106 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Chance, device, note, pictures, settings
+from common import Chance, Muon, as_pixels, device, fast, note, pictures, settings
+from PIL import Image
 from tiny_models import VAE, build_vae
 from tqdm import tqdm
 
-from minqwen.run import Run, read_state
+from minqwen.run import Run
 from minqwen.vae import AutoencoderKLQwenImage
-from minqwen.world import WORLD, sample_scene
+from minqwen.world import SIZE, WORLD, draw_array, sample_scene
 
-STEPS = {"joint": 5000, "decoder": 5000}
+STEPS = {"vae": 4000}
+CROP = 48  # pixels on a side of what is trained on for three quarters of the steps
+PHOTOS = Path(__file__).with_name("photos")
+UNSEEN = Path(__file__).parents[1] / "pictures" / "coffee.png"  # a photo that training never sees
 
 
 def scenes(rng: np.random.Generator, count: int) -> list:
     return [sample_scene(rng, WORLD, least=0, most=4) for _ in range(count)]
 
 
-def crops(pixels: torch.Tensor, rng: np.random.Generator, size: int = 32) -> torch.Tensor:
-    """One crop of each picture, (B, 3, 1, size, size)."""
-    corners = rng.integers(0, 64 - size + 1, (len(pixels), 2))
-    return torch.stack([p[..., y : y + size, x : x + size] for p, (y, x) in zip(pixels, corners, strict=True)])
+def piece(rng: np.random.Generator, photo: Image.Image, side: int) -> np.ndarray:
+    """A square of a photo of any size from `side` up, shrunk to side x side."""
+    taken = int(rng.integers(side, min(photo.size) + 1))
+    left, top = (int(rng.integers(length - taken + 1)) for length in photo.size)
+    return np.asarray(photo.resize((side, side), Image.Resampling.LANCZOS, (left, top, left + taken, top + taken)))
 
 
-def psnr(vae: AutoencoderKLQwenImage) -> float:
-    """Decibels of the mean squared error over 128 pictures that training never sees."""
-    x = pictures(scenes(np.random.default_rng(10**6), 128)).to(vae.quant_conv.weight.device)
+def crop(rng: np.random.Generator, picture: np.ndarray, side: int) -> np.ndarray:
+    y, x = rng.integers(0, SIZE - side + 1, 2)
+    return picture[y : y + side, x : x + side]
+
+
+def psnr(vae: AutoencoderKLQwenImage, x: torch.Tensor) -> float:
+    """Decibels of the mean squared error of pictures that come back."""
     with torch.no_grad():
-        error = (vae.decode(vae.encode(x).mode()) - x).div(2).square().mean()
-    return -10 * torch.log10(error).item()
+        parts = x.to(vae.quant_conv.weight.device).split(32)
+        squares = [(vae.decode(vae.encode(part).mode()) - part).div(2).square() for part in parts]
+        error = sum(each.mean((1, 2, 3, 4)).sum() for each in squares)
+    return -10 * torch.log10(error / len(x)).item()
+
+
+def unseen() -> dict[str, torch.Tensor]:
+    """128 scenes, and 32 pieces of a photo, that training never sees."""
+    rng, photo = np.random.default_rng(10**6), Image.open(UNSEEN).convert("RGB")
+    return {"scenes": pictures(scenes(rng, 128)), "photo": as_pixels([piece(rng, photo, SIZE) for _ in range(32)])}
 
 
 def train(args: argparse.Namespace) -> None:
-    phase, lr, runs = args.phase, args.lr, args.runs
-    steps = args.steps or STEPS[phase]
+    runs, steps = args.runs, args.steps
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed + (phase == "decoder"))
+    rng = np.random.default_rng(args.seed)
     vae = build_vae().to(args.device)
-    if phase == "decoder":
-        vae.load_state_dict(read_state(runs / "vae_joint.pt")["parts"]["vae"])
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        [p for p in vae.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99), weight_decay=0
-    )
-    parts = {"vae": vae, "optimizer": optimizer, "chance": Chance(rng)}
-    fields = ("minutes", "step", "loss", "psnr")
-    run = Run(runs / f"vae_{phase}.pt", runs / f"log_vae_{phase}.csv", fields, parts, settings(args))
+    trained = list(vae.parameters())
+    opts = {
+        "muon": Muon([p for p in trained if p.ndim > 3], args.lr),
+        "adamw": torch.optim.AdamW([p for p in trained if p.ndim <= 3], args.lr, betas=(0.9, 0.99), weight_decay=0),
+    }
+    parts = {"vae": vae, "chance": Chance(rng)} | opts
+    fields = ("minutes", "step", "loss", "scenes", "photo")
+    run = Run(runs / "vae.pt", runs / "log_vae.csv", fields, parts, settings(args))
     run.resume()
-    loss_of = torch.compile(reconstruction_loss, dynamic=False) if args.compile else reconstruction_loss
+    compiled = args.compile and not args.bf16  # torch 2.13 loses gradients of an upsampling compiled in bfloat16
+    loss_of = torch.compile(reconstruction_loss, dynamic=False) if compiled else reconstruction_loss
+    photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
 
-    bar = tqdm(total=steps, initial=run.step, desc=f"autoencoder, {phase}", disable=None)
+    bar = tqdm(total=steps, initial=run.step, desc="autoencoder", disable=None)
     while run.step < steps:
         done = run.step / steps
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (run.step + 1) / 100, 2 * (1 - done))
-        x = pictures(scenes(rng, args.batch))
-        if done < 0.75:  # crops, a quarter of a picture each, for three quarters of the steps
-            x = crops(x, rng)
-        elif run.step % 4:
-            x = x[: args.batch // 4]
-        x = x.to(args.device)
-        loss = loss_of(vae, x)
-        optimizer.zero_grad(set_to_none=True)
+        whole = done >= 0.75
+        count, side = (args.batch // 4, SIZE) if whole else (args.batch, CROP)
+        drawn = [crop(rng, draw_array(scene), side) for scene in scenes(rng, count // 2)]
+        seen = [piece(rng, photos[int(rng.integers(len(photos)))], side) for _ in drawn]
+        x = as_pixels(drawn + seen).to(args.device)
+        with fast(args):
+            loss = loss_of(vae, x)
+        for opt in opts.values():
+            opt.param_groups[0]["lr"] = args.lr * min(1, (run.step + 1) / 100, 2 * (1 - done))
+            opt.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for opt in opts.values():
+            opt.step()
         run.step += 1
         bar.update()
         if run.step % args.save_every == 0 or run.step == steps:
-            note(run, minutes=run.elapsed() / 60, step=run.step, loss=loss.item(), psnr=psnr(vae))
+            found = {name: psnr(vae, x) for name, x in unseen().items()}
+            note(run, minutes=run.elapsed() / 60, step=run.step, loss=loss.item(), **found)
             run.save()
     bar.close()
-    if phase == "joint":
-        write_statistics(vae, runs)
+    write_statistics(vae, runs)
 
 
 def reconstruction_loss(vae: AutoencoderKLQwenImage, x: torch.Tensor) -> torch.Tensor:
     posterior = vae.encode(x)
-    y = vae.decode(posterior.sample())
+    y = vae.decode(posterior.sample()).float()
     kl = 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1 - posterior.logvar).mean()
     return F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-4 * kl
 
 
 def write_statistics(vae: AutoencoderKLQwenImage, runs: Path) -> None:
-    """The mean and deviation of each latent channel over 2048 pictures, as the released config has them."""
+    """The mean and deviation of each latent channel over 2048 scenes, as the released config has them."""
     x = torch.cat([pictures(scenes(np.random.default_rng(k), 128)) for k in range(16)])
     with torch.no_grad():
         z = torch.cat([vae.encode(part.to(vae.quant_conv.weight.device)).mode() for part in x.split(128)])
@@ -107,12 +124,12 @@ def write_statistics(vae: AutoencoderKLQwenImage, runs: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=STEPS)
-    parser.add_argument("--steps", type=int, help="by default " + ", ".join(f"{k} {v}" for k, v in STEPS.items()))
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=2.5e-3)
+    parser.add_argument("--steps", type=int, default=STEPS["vae"])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--save-every", type=int, default=250, help="steps between two checkpoints")
     parser.add_argument("--compile", action="store_true", help="torch.compile: twice as fast, needs a C++ compiler")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16: faster where there are units for it")
     parser.add_argument("--device", default=device())
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs")
     parser.add_argument("--seed", type=int, default=0)

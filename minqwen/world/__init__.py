@@ -1,23 +1,18 @@
-"""The small world of the tiny checkpoint: scenes of shapes, edits of them in words, and a judge of the results.
+"""The small world of the tiny checkpoint: scenes of cats, rockets and cakes, edits in words, a judge of the results.
 
     from minqwen.world import sample_edit, judge
 
 Files: scenes, words, edits, judging. Nothing else of the library knows of it.
 """
 
-from minqwen.world.edits import Edit, sample_drawing, sample_edit
-from minqwen.world.judging import explain, judge
+from minqwen.world.edits import COMBINE, HELD_BACK, KINDS, Edit, Wish, sample_drawing, sample_edit
+from minqwen.world.judging import explain, judge, read
 from minqwen.world.scenes import (
     BACKGROUNDS,
-    COLOURS,
-    COMBINE,
-    HELD_BACK,
-    KINDS,
+    FAMILIES,
     PLACES,
-    RADIUS,
-    SHAPES,
     SIZE,
-    SMALL,
+    THINGS,
     WORLD,
     Scene,
     Thing,
@@ -25,36 +20,33 @@ from minqwen.world.scenes import (
     draw,
     draw_array,
     in_cell,
-    outline,
-    random_item,
+    pick,
     sample_scene,
 )
-from minqwen.world.words import describe, vocabulary
+from minqwen.world.words import vocabulary
 
 __all__ = [
     "BACKGROUNDS",
-    "COLOURS",
     "COMBINE",
     "Edit",
+    "FAMILIES",
     "HELD_BACK",
     "KINDS",
     "PLACES",
-    "RADIUS",
-    "SHAPES",
     "SIZE",
-    "SMALL",
     "Scene",
+    "THINGS",
     "Thing",
     "WORLD",
+    "Wish",
     "World",
-    "describe",
     "draw",
     "draw_array",
     "explain",
     "in_cell",
     "judge",
-    "outline",
-    "random_item",
+    "pick",
+    "read",
     "sample_drawing",
     "sample_edit",
     "sample_scene",

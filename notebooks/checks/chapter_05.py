@@ -137,7 +137,7 @@ def _begin(data: bytes, header: int, name: str) -> int:
 def real() -> tuple:
     """The trained model and a real batch: an edit under two prompts of different length, at noise level 0.7."""
     pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu")
-    task = sample_edit(default_rng(5), "recolour")
+    task = sample_edit(default_rng(5), "replace")
     prompts = [pipe.encode_prompt(words, [task.source]) for words in (task.instruction, " ")]
     embeds, mask = pad_prompts(prompts)
     x0, reference = (pack_latents(pipe.encode_image(picture)) for picture in (task.target, task.source))
@@ -213,10 +213,10 @@ def inputs() -> dict:
     """What a transformer takes, by name, with random numbers."""
     generator, config = torch.Generator().manual_seed(0), Checkpoint(TINY).config("transformer/config.json")
     return {
-        "hidden_states": torch.randn(1, 32, config["in_channels"], generator=generator),
+        "hidden_states": torch.randn(1, 72, config["in_channels"], generator=generator),
         "encoder_hidden_states": torch.randn(1, 9, config["joint_attention_dim"], generator=generator),
         "timestep": torch.tensor([0.8]),
-        "img_shapes": [[(1, 4, 4), (1, 4, 4)]],
+        "img_shapes": [[(1, 6, 6), (1, 6, 6)]],
     }
 
 

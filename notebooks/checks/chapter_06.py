@@ -199,7 +199,7 @@ def right() -> nn.Module:
 
 
 def pixels() -> torch.Tensor:
-    """A scene as the encoder takes it: (1, 3, 64, 64)."""
+    """A scene as the encoder takes it: (1, 3, 96, 96)."""
     import numpy as np
 
     return image_to_pixels(draw(sample_scene(np.random.default_rng(4), least=3)))[:, :, 0]

@@ -149,7 +149,7 @@ def random_layer(heads, kv_heads, D, hidden):
 def trained():
     """Layer 0 of the tiny checkpoint: weights, what enters it for a real prompt, tables, heads, heads of keys."""
     encoder = Checkpoint(TINY).load(Qwen2_5_VLTextEncoder, "text_encoder")
-    tokens = tokenize_prompts(load_tokenizer(TINY / "tokenizer"), ["make the star green"], [[scene()]], EDIT)
+    tokens = tokenize_prompts(load_tokenizer(TINY / "tokenizer"), ["replace the cat with a fox"], [[scene()]], EDIT)
     seen = {}
     hook = encoder.model.layers[0].register_forward_pre_hook(lambda _, args: seen.update(x=args[0], angles=args[1]))
     try:

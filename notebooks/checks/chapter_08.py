@@ -232,7 +232,7 @@ def keep(answer):
 def samples() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Four tasks for the tiny checkpoint: target and control latents (packed), embeddings of unequal lengths."""
     pipe, rng, found = pipeline(), default_rng(8), []
-    for words in ("make it blue", "remove the star", "swap the red heart and the star at the top left", None):
+    for words in ("remove it", "remove the cat", "swap the cake and the cat at the top left", None):
         edit = sample_edit(rng)
         embeds = pipe.encode_prompt(words or edit.instruction, edit.source)[0].clone()
         found.append((*(pack_latents(pipe.encode_image(p)).clone() for p in (edit.target, edit.source)), embeds))

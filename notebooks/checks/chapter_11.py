@@ -133,7 +133,7 @@ def unpacked(answer):
     for k in range(5):
         linear = nn.Linear(random.choice([128, 256, 384]), random.randint(3, 9), bias=False)
         if k == 4:
-            linear = model().transformer_blocks[1].attn.to_k
+            linear = model().transformer_blocks[1].img_mlp.net[2]
         layer = quantize(linear, 4)
         w, scale, offset = layer.weight, layer.weight_scale, layer.weight_offset
         low, high = (w & 15).float(), (w >> 4).float()

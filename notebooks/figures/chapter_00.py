@@ -18,16 +18,15 @@ from figures.small_model import FULL, WHOLE_SCENE
 from figures.small_model import WHOLE_WISH as WISH
 from figures.small_model import whole_model as model
 from minqwen.images import image_to_pixels
-from minqwen.world.things.scenes import portrait
+from minqwen.world.scenes import portrait
 
 STEPS = 20  # of an edit
 ROUNDING = 32 if FULL else 1  # levels of 255 by which two ways to compute the same picture may differ: bf16, or float32
 
 GALLERY = (
-    "remove the red circle", "add a blue square at the bottom right", "change the background to black",
-    "turn the heart into a triangle",
+    "remove the cake", "add a rocket at the top right", "make the background pink", "swap the cat and the tree",
 )  # fmt: skip
-DRAWN = "a red heart at the top left and a yellow star at the bottom right on a brown background"
+DRAWN = "a panda at the top left and a rocket at the bottom right on a white background"
 
 SHAPES = {  # pictures of 8 by 8 pixels for the small network of the lesson
     "heart": ".##..##. ######## ######## ######## .######. ..####.. ...##... ........",
@@ -56,7 +55,7 @@ def shapes() -> Tensor:
 
 def cat() -> Tensor:
     """A picture of 96 by 96 pixels, (3, 96, 96), from -1 to 1."""
-    tile = portrait("cat", None).resize((96, 96), Image.LANCZOS)
+    tile = portrait("cat").resize((96, 96), Image.LANCZOS)
     ground = Image.new("RGBA", tile.size, (205, 226, 246, 255))
     ground.alpha_composite(tile)
     return image_to_pixels(ground.convert("RGB"))[0, :, 0]

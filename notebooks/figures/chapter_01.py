@@ -281,7 +281,7 @@ def temb_over_sigma(temb_of: Embed, count: int = 4) -> None:
     plt.show()
 
 
-def drawn_by(variants: dict[str, Embed | None], level: float = 0.2) -> dict[str, float]:
+def drawn_by(variants: dict[str, Embed | None], level: float = 0.35) -> dict[str, float]:
     """The edit by several time embeddings, each with the error of the first answers below; the errors."""
     wrong = {name: error(level, embed) for name, embed in variants.items()}
     show([edit(embed) for embed in variants.values()],

@@ -20,10 +20,15 @@ from course import BLUE, GREEN, GREY, ORANGE, RED, show
 from figures.small_model import WISH, given, model
 from minqwen import attention as library
 from minqwen.prompt import EDIT, tokenize_prompts
+from minqwen.world import PLACES
 
-WORD = "green"  # of WISH
-WISHES = {"make the star green": "green", "make the circle green": "green", "make the heart green": "green"}
-SIDE = 4  # tokens on a side of the picture
+WORD = "fox"  # of WISH
+WISHES = {  # and where the fox is wanted
+    WISH: "top left",
+    "replace the cake with a fox": "bottom right",
+    "add a fox at the top right": "top right",
+}
+SIDE = 6  # tokens on a side of the picture
 PICTURE = SIDE * SIDE  # its tokens
 STEPS = 8  # of an edit
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
@@ -111,11 +116,18 @@ def parts_of(wish: str = WISH) -> tuple[slice, slice, slice]:
     return slice(0, text), slice(text, text + PICTURE), slice(text + PICTURE, text + 2 * PICTURE)
 
 
-def listener(weights: Tensor, new: slice, word: int) -> tuple[int, int]:
-    """The block and head in which the new picture's tokens differ most in how much they listen to a word."""
-    heard = weights.mean(0)[:, :, new, word]  # (blocks, H, tokens)
-    block, head = divmod((heard.amax(-1) - heard.mean(-1)).argmax().item(), heard.shape[1])
-    return block, head
+def heard(wish: str) -> tuple[Image.Image, Tensor]:
+    """An edit, and how much each token of the new picture listens to WORD, mean over the steps: (blocks, H, tokens)."""
+    result, weights = watched(wish)
+    return result, weights.mean(0)[:, :, parts_of(wish)[1], words_of(wish).index(WORD)]
+
+
+def lead(listens: Tensor, place: str) -> Tensor:
+    """By how much the tokens of a place listen more than the others, on average: (..., tokens) -> (...)."""
+    half, (row, column) = SIDE // 2, divmod(PLACES.index(place), 2)
+    rows, columns = (slice(i * half, (i + 1) * half) for i in (row, column))
+    inside = listens.unflatten(-1, (SIDE, SIDE))[..., rows, columns].sum((-1, -2))
+    return inside / half**2 - (listens.sum(-1) - inside) / (PICTURE - half**2)
 
 
 # ---------------------------------------------------------------------------------------------------------- drawings
@@ -132,21 +144,19 @@ def lit(axis, picture: Image.Image, weights: Tensor, title: str = "", top: float
 
 
 def listening() -> None:
-    """Three edits, and which squares of the new picture listen to the word of the new colour."""
+    """Three edits, and which squares of the new picture listen to the word of the new thing."""
     figure, axes = plt.subplots(2, 4, figsize=(9.2, 4.9))
     axes[0, 0].imshow(given())
     axes[0, 0].set(title="the given picture")
     axes[1, 0].axis("off")
     axes[1, 0].text(1, 0.5, f"Which squares listen\nto the word “{WORD}”?", ha="right", va="center", fontsize=10)
-    head = None
-    for column, (wish, word) in enumerate(WISHES.items(), start=1):
-        result, weights = watched(wish)
-        words, new = words_of(wish), parts_of(wish)[1]
-        head = head or listener(weights, new, words.index(word))
-        heard = weights.mean(0)[head][new, words.index(word)]
+    edits = {wish: heard(wish) for wish in WISHES}
+    least = torch.stack([lead(edits[wish][1], place) for wish, place in WISHES.items()]).amin(0)  # (blocks, H)
+    head = divmod(least.argmax().item(), least.shape[1])  # where it shows best, of all
+    for column, (wish, (result, listens)) in enumerate(edits.items(), start=1):
         axes[0, column].imshow(result)
         axes[0, column].set(title=f"“{wish}”")
-        lit(axes[1, column], result, heard, f"full red is {heard.max():.0%}")
+        lit(axes[1, column], result, listens[head], f"full red is {listens[head].max():.0%}")
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
@@ -257,13 +267,13 @@ def scores_in(attn, img: Tensor, txt: Tensor, tables) -> Tensor:
     return caught[0]
 
 
-def four_heads(block: int = 3) -> None:
+def each_head(block: int = 3) -> None:
     """Where one square of the new picture looks in the given picture, in each head of a block."""
     result, weights = watched()
     _, new, old = parts_of()
     heads = weights.mean(0)[block]  # (H, N, N)
-    square = listened_square(weights)
-    figure, axes = plt.subplots(1, 1 + len(heads), figsize=(2.1 * (1 + len(heads)), 2.5))
+    square = SIDE + 1  # in the middle of the fox
+    figure, axes = plt.subplots(1, 1 + len(heads), figsize=(1.75 * (1 + len(heads)), 2.3))
     axes[0].imshow(result)
     y, x = divmod(square, SIDE)
     side = result.width / SIDE
@@ -275,13 +285,6 @@ def four_heads(block: int = 3) -> None:
     for axis in axes:
         axis.spines[:].set_visible(False)
     plt.show()
-
-
-def listened_square(weights: Tensor) -> int:
-    """The square of the new picture that listens most to the word."""
-    _, new, _ = parts_of()
-    word = words_of().index(WORD)
-    return weights.mean(0)[listener(weights, new, word)][new, word].argmax().item()
 
 
 def three_designs() -> None:
@@ -320,7 +323,9 @@ def share_of_words() -> Tensor:
     share = weights.mean(0)[:, :, new, text].sum(-1).mean(-1)  # (blocks, H)
     figure, axis = plt.subplots(figsize=(9.2, 2.6))
     for block, heads in enumerate(share):
-        axis.bar([block + 0.19 * (head - 1.5) for head in range(len(heads))], heads, 0.17, color=GREEN)
+        width = 0.76 / len(heads)
+        places = [block + width * (head - (len(heads) - 1) / 2) for head in range(len(heads))]
+        axis.bar(places, heads, 0.9 * width, color=GREEN)
     axis.set(xlabel="block, its heads side by side", ylabel="share that goes\nto the text", ylim=(0, 1))
     axis.set_title("attention of the new picture, mean over the steps of an edit")
     plt.show()

@@ -121,11 +121,12 @@ def best_guess(x: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 class Eight:
-    """Edits that are drawn and judged all in one batch, and the squared error of the velocity on their targets."""
+    """Edits that the model gets right: drawn and judged all in one batch, and the squared error of the velocity on
+    their targets."""
 
     def __init__(self, count: int = TASKS):
         pipe, rng = model(), np.random.default_rng(4)
-        self.tasks: list[Edit] = [sample_edit(rng) for _ in range(count)]
+        self.tasks: list[Edit] = [sample_edit(rng) for _ in range(3 * count)]
         prompts = [pipe.encode_prompt(t.instruction, [t.source])[0] for t in self.tasks]
         longest = max(p.shape[1] for p in prompts)
         self.words = torch.cat([F.pad(p, (0, 0, 0, longest - p.shape[1])) for p in prompts])  # (B, Nt, C)
@@ -138,6 +139,10 @@ class Eight:
         width, height = self.tasks[0].source.size
         self.grid = (1, height // 16, width // 16)
         self.tokens = self.target.shape[1]
+        kept = [i for i, fits in enumerate(self.judged()) if fits][:count]
+        self.tasks = [self.tasks[i] for i in kept]
+        for name in ("words", "mask", "source", "target", "noise"):
+            setattr(self, name, getattr(self, name)[kept])
 
     @torch.inference_mode()
     def velocity(self, x: Tensor, sigma: float) -> Tensor:
@@ -152,9 +157,13 @@ class Eight:
         latents = pipe.vae.denormalize(unpack_latents(x, 2 * self.grid[1], 2 * self.grid[2]))
         return [pixels_to_image(one) for one in pipe.vae.decode(latents).split(1)]
 
+    def judged(self) -> list[bool]:
+        """Which of them the judge finds right."""
+        return [judge(picture, task) for picture, task in zip(self.drawn(), self.tasks, strict=True)]
+
     def right(self) -> int:
         """How many the judge finds right."""
-        return sum(judge(picture, task) for picture, task in zip(self.drawn(), self.tasks, strict=True))
+        return sum(self.judged())
 
     def error(self) -> float:
         """Squared error of the velocity on noisy targets, as a share of its mean square: 1 is an answer of zeros."""
@@ -463,12 +472,13 @@ def gates_by_block() -> dict[str, Tensor]:
     temb = temb_of(torch.linspace(0.02, 1, 50))
     figure, axes = plt.subplots(1, len(PARTS), figsize=(10.4, 2.6), sharey=True)
     found = {}
-    for axis, (name, (stream, place)) in zip(axes, PARTS.items(), strict=True):
+    for name, (stream, place) in PARTS.items():
         with torch.no_grad():
             six = [OWN(block, temb)[stream == "text"].chunk(6, dim=-1) for block in blocks()]
         found[name] = torch.stack([size_of(vectors[place]) for vectors in six])
-        extent = (-0.5, len(six) - 0.5, 0, 1)
-        drawn = axis.imshow(found[name].T, origin="lower", extent=extent, aspect="auto", vmin=0, vmax=1.15)
+    extent, widest = (-0.5, len(six) - 0.5, 0, 1), max(sizes.max() for sizes in found.values())
+    for axis, (name, sizes) in zip(axes, found.items(), strict=True):
+        drawn = axis.imshow(sizes.T, origin="lower", extent=extent, aspect="auto", vmin=0, vmax=widest)
         axis.set(title=f"gate of {name}", xlabel="block", xticks=range(len(six)))
     axes[0].set_ylabel("noise level σ")
     figure.colorbar(drawn, ax=axes, label="root mean square")

@@ -27,7 +27,7 @@ from minqwen.world import sample_edit
 
 STEPS = 8  # of an edit
 STOP = 3  # the step at which `one_moment` stops it
-FITTED_ON, LEVELS = 24, (1.0, 0.8, 0.6, 0.3)  # edits, noise levels of each, on which read-outs are fitted
+FITTED_ON, LEVELS = 64, (1.0, 0.8, 0.6, 0.3)  # edits, noise levels of each, on which read-outs are fitted
 LIGHT = {"words": "#dcefdc", "picture": "#dceaf7", "given": "#fbe7cf", "both": "#fff3d6", "time": "#f9dede"}
 KINDS = {"modulation": "_mod.", "attention": ".attn.", "MLP": "_mlp."}
 
@@ -176,7 +176,7 @@ def in_and_out() -> None:
         arrow(axis, (3.5, y), (4.5, 3.4 + 0.25 * (y - 3)))
     for name, text, y in (("the sentence", f"“{WISH}”", 1.75), ("the noise level", f"σ = {sigma:.2f}", 0.85)):
         axis.text(0.55, y, name, ha="center", va="center", fontsize=9)
-        box(axis, 2.5, y, 2.0, 0.62, fill(text, 14), "white")
+        box(axis, 2.5, y, 2.0, 0.62, fill(text, 18), "white")
         arrow(axis, (3.55, y), (4.5, 2.45 - 0.3 * (1.75 - y)))
     box(axis, 5.7, 2.9, 2.3, 2.6, "the\ntransformer", LIGHT["both"], 12, weight="bold")
     arrow(axis, (6.9, 2.9), (7.6, 2.9))
@@ -340,8 +340,8 @@ def whole_transformer() -> None:
     plt.show()
 
 
-def velocity_forms() -> list[list[float]]:
-    """Pure noise and an edit: the guess when the stack is left after each block; mean squared errors.
+def velocity_forms() -> float:
+    """Pure noise and an edit: the guess when the stack is left after each block; the error of an answer of zeros.
 
     Once by the model's own exit, which was trained behind the last block, once by an exit fitted for that depth.
     """
@@ -367,7 +367,7 @@ def velocity_forms() -> list[list[float]]:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     plt.show()
-    return errors
+    return true.square().mean().item()
 
 
 def count(model: nn.Module) -> dict[tuple[str, str], int]:

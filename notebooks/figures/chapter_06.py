@@ -293,7 +293,7 @@ def packing(order: str = "c dy dx") -> None:
     plt.show()
 
 
-def scale_forgotten() -> dict[str, float]:
+def scale_forgotten() -> dict[str, dict[str, float]]:
     """An edit as it should be, and with the scale of the latents forgotten; mean differences, in levels of 255."""
     same = lambda latents: latents  # noqa: E731
     broken = {
@@ -305,5 +305,9 @@ def scale_forgotten() -> dict[str, float]:
     edits = [edit(**change) for change in broken.values()]
     show([given(), *edits], [f"given, and\n“{WISH}”", *broken], size=1.8)
     levels = np.array([np.asarray(picture, float) for picture in edits])
-    off = np.abs(levels - levels[0]).mean(axis=(1, 2, 3)).tolist()
-    return {name.replace("\n", " "): round(x, 1) for name, x in zip(broken, off, strict=True)}
+    off = np.abs(levels - levels[0]).mean(axis=3)
+    half = off.shape[1] // 2  # the fox stands at the top left, the tree and the cake below
+    parts = {"fox": off[:, :half, :half], "tree and cake": off[:, half:]}
+    means = {part: levels_off.mean(axis=(1, 2)).round(1).tolist() for part, levels_off in parts.items()}
+    names = [name.replace("\n", " ") for name in broken]
+    return {name: {part: mean[n] for part, mean in means.items()} for n, name in enumerate(names) if n}

@@ -27,9 +27,11 @@ from minqwen.prompt import EDIT, IMAGE_PAD, T2I, Template
 from minqwen.tokenizer import load_tokenizer
 from minqwen.world import judge, sample_edit
 
-WISHES = ("make the star green", "turn the heart into a star", "remove the red circle")
-ONE_WORD = {"make the star green": None, "make the star blue": BLUE, "make the heart green": ORANGE}
-STEPS, TASKS = 2, 8  # of an edit; edits that are judged
+WISHES = ("replace the cat with a fox", "remove the cake", "move the tree to the top right")
+ONE_WORD = {
+    "replace the cat with a fox": None, "replace the cat with a dog": BLUE, "replace the tree with a fox": ORANGE,
+}  # fmt: skip
+STEPS, TASKS = 4, 12  # of an edit; edits that are judged
 ADDED = """endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start
 vision_end vision_pad image_pad video_pad""".split()  # the marks of the released vocabulary, in the order of their ids
 LIGHT = {"rest": "#ececec", "picture": "#dceaf7", "words": "#dcefdc", "layers": "#fff3d6", "padding": "#ffffff"}
@@ -282,21 +284,24 @@ def first_to_differ() -> list[str]:
     (first, _), *others = ONE_WORD.items()
     vectors, tokens = states(first, scene())
     names = pieces_of(model().tokenizer, tokens.input_ids[0, tokens.drop :].tolist())
-    names = [name.removeprefix("␣") for name in names]
-    names = ["picture" if name == IMAGE_PAD else name.strip("<|>") for name in names]
-    shown_as = [f"template\n({tokens.drop})", *(name.replace("_", "_\n") for name in names)]
-    names = ["template", *names]
+    names = ["picture" if name == IMAGE_PAD else name.removeprefix("␣").strip("<|>") for name in names]
+    first_of_picture, count = names.index("picture"), names.count("picture")
+    behind = first_of_picture + count
+    labels = [f"template\n({tokens.drop})", *names[:first_of_picture], f"picture\n({count})", *names[behind:]]
     figure, axis = plt.subplots(figsize=(9.8, 2.9))
     found = []
     for k, (wish, colour) in enumerate(others):
         other = states(wish, scene())[0]
-        change = (other - vectors).norm(dim=-1) / vectors.norm(dim=-1)
-        shown = torch.cat([change[: tokens.drop].amax(0, keepdim=True), change[tokens.drop :]])
-        axis.bar(torch.arange(len(names)) + 0.4 * k - 0.2, shown, 0.38, color=colour, label=f"against “{wish}”")
-        found.append(names[1 + int((change[tokens.drop :] > 1e-5).nonzero()[0])])
-        assert change[: tokens.drop].max() < 1e-5
-    axis.set_xticks(range(len(names)), shown_as, fontsize=8)
-    axis.set(ylabel="change of the vector,\nshare of its length", title=f"“{first}”: which vectors change?")
+        front, kept = ((other - vectors).norm(dim=-1) / vectors.norm(dim=-1)).tensor_split([tokens.drop])
+        found.append(names[int((kept > 1e-5).nonzero()[0])])
+        assert front.max() < 1e-5
+        picture = kept[first_of_picture:behind].max()  # of template and picture the largest change
+        shown = [front.max(), *kept[:first_of_picture], picture, *kept[behind:]]
+        places = torch.arange(len(labels)) + 0.4 * k - 0.2
+        axis.bar(places, shown, 0.38, color=colour, label=f"against “{wish}”")
+    axis.set_xticks(range(len(labels)), [label.replace("_", "_\n") for label in labels], fontsize=8)
+    axis.set(yscale="log", ylim=(1e-4, 3), title=f"“{first}”: which vectors change?",
+             ylabel="change of the vector,\nshare of its length")  # fmt: skip
     axis.legend(loc="upper left")
     plt.show()
     return found

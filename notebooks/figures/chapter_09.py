@@ -22,13 +22,15 @@ from minqwen.images import pack_latents, pixels_to_image, unpack_latents
 from minqwen.pipeline import QwenImagePipeline, starting_noise
 from minqwen.prompt import pad_prompts
 from minqwen.sampling import denoise, get_sigmas, guide
-from minqwen.world import judge, sample_edit
+from minqwen.world import SIZE, Edit, Scene, Wish, judge, read, sample_drawing, sample_edit
+from minqwen.world.words import Slot
 
 WISH = WHOLE_WISH  # of the lesson, too
-DRAWN = "a coffee cup made of green glass" if FULL else "a red circle at the top left"
+DRAWN = "a coffee cup made of green glass" if FULL else "a cat at the top left"
 STEPS, SCALE = (50, 4.0) if FULL else (8, 2.0)  # of that edit
 ROUNDING = 32 if FULL else 1  # levels of 255 by which two ways to compute the same picture may differ: bf16, or float32
-EDITS, EDITS_SEED = 4, 5  # the edits of the small world that are counted
+SEED = 5  # of the tasks of the checkpoint's world that are counted
+SORTS = {"edits": 12, "closed descriptions": 12, "open descriptions": 36}  # how many the lesson counts
 
 LARGE = {
     "heart": ".#.#. ##### ##### .###. ..#..",
@@ -195,27 +197,24 @@ def apart(a: Image.Image, b: Image.Image) -> int:
     return np.abs(np.asarray(a, int) - np.asarray(b, int)).max().item()
 
 
-class Edits:
-    """Edits of the small checkpoint's world, all in one batch: what depends on no step is computed once."""
+class Tasks:
+    """Tasks of the small checkpoint's world, all edits or none, in one batch: what needs no step is computed once."""
 
-    def __init__(self, count: int = EDITS, seed: int = EDITS_SEED):
-        self.pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu") if FULL else model()
-        rng, pipe = np.random.default_rng(seed), self.pipe
-        self.tasks = [sample_edit(rng) for _ in range(count)]
-        width, height = self.tasks[0].source.size
-        self.h, self.w = height // 16, width // 16
-        said = [pipe.encode_prompt(text, [t.source]) for asked in (True, False) for t in self.tasks
-                for text in [t.instruction if asked else " "]]  # fmt: skip
-        self.embeds, self.mask = pad_prompts(said)  # the wishes, and behind them the spaces
-        self.given = torch.cat([pack_latents(pipe.encode_image(t.source)) for t in self.tasks])
-        noise = [starting_noise(self.h, self.w, torch.Generator().manual_seed(k)) for k in range(count)]
+    def __init__(self, tasks: list[Edit]):
+        self.pipe = pipe = QwenImagePipeline.from_pretrained(TINY, device="cpu") if FULL else model()
+        self.tasks, self.h, self.w = tasks, SIZE // 16, SIZE // 16
+        texts = [(t.instruction, t.sources) for t in tasks] + [(" ", t.sources) for t in tasks]
+        self.embeds, self.mask = pad_prompts([pipe.encode_prompt(*each) for each in texts])
+        given = [pack_latents(pipe.encode_image(picture)) for t in tasks for picture in t.sources]
+        self.given = torch.cat(given) if given else torch.zeros(len(tasks), 0, 64)  # (B, Ni or 0, 64)
+        noise = [starting_noise(self.h, self.w, torch.Generator().manual_seed(k)) for k in range(len(tasks))]
         self.noise = torch.cat(noise)
 
     @torch.inference_mode()
     def draw(self, steps: int, scale: float, rule: Callable = guide, **changes) -> list[Image.Image]:
-        """All edits, with guidance by this rule, and changes of the schedule."""
+        """All tasks, with guidance by this rule, and changes of the schedule."""
         rows = len(self.noise) * (2 if scale > 1 else 1)
-        shapes = [[(1, self.h, self.w)] * 2] * rows
+        shapes = [[(1, self.h, self.w)] * (1 + len(self.tasks[0].sources))] * rows
         mask = None if self.mask is None else self.mask[:rows]
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
@@ -233,8 +232,18 @@ class Edits:
 
 
 @cache
-def edits(count: int = EDITS, seed: int = EDITS_SEED) -> Edits:
-    return Edits(count, seed)
+def tasks(sort: str, count: int, seed: int = SEED) -> Tasks:
+    """So many tasks of one of SORTS."""
+    rng = np.random.default_rng(seed)
+    is_open = sort == "open descriptions"
+    return Tasks([sample_edit(rng) if sort == "edits" else sample_drawing(rng, is_open=is_open) for _ in range(count)])
+
+
+@cache
+def animals(count: int = 24) -> Tasks:
+    """One open description, "two animals", with so many noises."""
+    wish = Wish((Slot(family="animal"),) * 2)
+    return Tasks([Edit("open", None, "two animals", Scene("white"), wanted=wish)] * count)
 
 
 # ---------------------------------------------------------------------------------------------------------- drawings
@@ -431,12 +440,37 @@ def beside(results: dict[str, Image.Image]) -> None:
     show(list(results.values()), list(results), size=9.4 / max(4, len(results)))
 
 
-def table_of_edits(counts: tuple[int, ...] = (1, 4, 20), scales: tuple[float, ...] = (1, 4)) -> dict:
-    """How many edits of the shipped model are right, by guidance and steps; printed, and returned."""
-    all_of, found = edits(), {}
-    print(f"right of {len(all_of.tasks)} edits" + "".join(f"{k:>6} step{'s' if k > 1 else ' '}" for k in counts))
-    for scale in scales:
+def table_of_tasks(counts: tuple[int, ...] = (1, 8), scales: tuple[float, ...] = (1, 2, 4)) -> dict:
+    """How many tasks of each sort the shipped model gets right, by steps and guidance; printed, and returned."""
+    found = {}
+    print("right of".ljust(34) + "".join(f"s = {scale:<9g}" for scale in scales))
+    for sort, count in SORTS.items():
         for steps in counts:
-            found[scale, steps] = all_of.right(all_of.draw(steps, scale))
-        print(f"   guidance {scale:<7g}" + "".join(f"{found[scale, k]:>9}   " for k in counts))
+            for scale in scales:
+                found[sort, steps, scale] = tasks(sort, count).right(tasks(sort, count).draw(steps, scale))
+            name = f"{count} {sort}, {steps} step{'s' * (steps > 1)}"
+            print(name.ljust(34) + "".join(f"{found[sort, steps, scale]:<13}" for scale in scales))
     return found
+
+
+def of_family(pictures_: list[Image.Image], family: str = "animal") -> tuple[int, int]:
+    """How many clear things the judge sees in some pictures, and how many of them are of a family."""
+    things = [thing for picture in pictures_ for thing in read(picture).things.values() if thing]
+    return len(things), sum(thing.family == family for thing in things)
+
+
+def two_animals(cases: tuple[tuple[int, float], ...] = ((1, 1), (8, 1), (8, 2), (8, 4))) -> dict:
+    """One open description, a row for each (steps, guidance): 8 of 24 pictures, and how many things are animals."""
+    found = {case: animals().draw(*case) for case in cases}
+    counts = {case: of_family(pictures_) for case, pictures_ in found.items()}
+    figure, axes = plt.subplots(len(cases), 8, figsize=(9.4, 1.05 * len(cases) + 0.35))
+    for ((steps, scale), (things, right)), line in zip(counts.items(), axes, strict=True):
+        for axis, picture in zip(line, found[steps, scale], strict=False):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
+        told = f"{right} of {things} clear\nthings are animals" if things else "nothing clear"
+        name = f"{steps} step{'s' * (steps > 1)}, s = {scale:g}\n{told}"
+        line[0].set_ylabel(name, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
+    figure.suptitle("“two animals”: 8 of 24 pictures, each column the same noise", fontsize=11)
+    plt.show()
+    return counts

@@ -9,6 +9,7 @@ import copy
 import textwrap
 from collections.abc import Sequence
 from functools import cache
+from itertools import zip_longest
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,10 +28,11 @@ from minqwen.world import HELD_BACK, KINDS, Edit, sample_edit
 
 SET = ROOT / "data/finetune"
 FILE = SET / f"{HELD_BACK}_lora.safetensors"  # made by the two commands of the README, from all of the set
-PAIRS, HELD = 28, 8  # samples of the new kind and of all old ones to train on; as many not to train on
-LEVELS = (0.5, 0.8)  # noise levels at which a loss is measured
+PAIRS, HELD = 64, 16  # samples of the new kind and of all old ones to train on; as many not to train on
+LEVELS = (0.8, 0.95)  # noise levels at which a loss is measured
 AT = "σ = " + " and ".join(map(str, LEVELS))
-EDIT_STEPS = 4  # of an edit, without guidance: enough for the small model
+EDIT_STEPS = 1  # of an edit, without guidance: enough for the small model (chapter 09)
+EXAMPLE = 0  # which of `tasks` is shown while a model learns
 SEED = 7 * 10**8  # of scenes that no training uses
 
 RELEASED = 20_430_401_088  # numbers in the released transformer; the appendix counts them
@@ -81,26 +83,31 @@ def tasks(count: int, kind: str = HELD_BACK) -> list[Edit]:
     return found
 
 
+def example() -> Edit:
+    """The task that is shown while a model learns."""
+    return tasks(EXAMPLE + 1)[EXAMPLE]
+
+
 @cache
 def all_samples() -> tuple[list[Sample], list[Sample]]:
-    """Of the set, the first samples of the new kind, and as many of the old kinds, a few of each in turn."""
+    """Of the set, the first samples of the new kind, and as many of the old kinds, one of each in turn."""
     sources = find_sources(SET / "images", SET / "control", pipeline().area)
     by_kind = {kind: [s for s in sources if s.name.startswith(f"{kind}_")] for kind in (HELD_BACK, *KINDS)}
     new, count = by_kind.pop(HELD_BACK), PAIRS + HELD
-    old = [source for row in zip(*by_kind.values(), strict=False) for source in row]
+    old = [source for row in zip_longest(*by_kind.values()) for source in row if source]
     return tuple([encode_sample(pipeline(), s, pipeline().area) for s in part[:count]] for part in (new, old))
 
 
 def samples() -> list[Sample]:
     """What the lesson trains on: edits of the new kind and, as many, of the old ones."""
     new, old = all_samples()
-    return new[:PAIRS] + old[:PAIRS]
+    return new[HELD:] + old[HELD:]
 
 
 def held() -> dict[str, list[Sample]]:
     """What it does not train on."""
     new, old = all_samples()
-    return {"new": new[PAIRS:], "old": old[PAIRS:]}
+    return {"new": new[:HELD], "old": old[:HELD]}
 
 
 @torch.no_grad()
@@ -282,14 +289,14 @@ def where() -> None:
     plt.show()
 
 
-def loss_by_level(model: nn.Module, levels: Sequence[float] = (0.05, 0.2, 0.35, 0.5, 0.7, 0.9, 0.97)) -> None:
-    """The loss at single noise levels, of the new kind and of the old ones."""
+def error_by_level(model: nn.Module, levels: Sequence[float] = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1)) -> None:
+    """How wrong the guessed picture is at single noise levels, of the new kind and of the old ones."""
     figure, axis = plt.subplots(figsize=(7.5, 2.9))
     for name, colour, label in (("new", RED, "the new kind"), ("old", GREY, "kinds that it knows")):
-        curve = [loss_on(model, held()[name], (level,)) for level in levels]
+        curve = [level**2 * loss_on(model, held()[name], (level,)) for level in levels]
         axis.plot(levels, curve, "o-", color=colour, label=label)
-    axis.set(xlabel="noise level σ", ylabel="loss before training", title="where the model does not know the answer",
-             ylim=(0, None))  # fmt: skip
+    axis.set(xlabel="noise level σ", ylabel="square error of the guessed picture", ylim=(0, None),
+             title="before training: where the model does not know the answer")  # fmt: skip
     axis.legend()
     plt.show()
 
@@ -317,7 +324,7 @@ def row(rank: int | str, trained: Sequence[Tensor], seconds: float, model: nn.Mo
     numbers, adapter = sum(p.numel() for p in trained), isinstance(rank, int)
     share = 2 * rank / width_of_small() if adapter else 1  # of a square layer: A and B have 2 r C of C C numbers
     size = numbers * (4 if adapter else 2)  # bytes: adapters are kept in float32, whole weights in bf16
-    losses = losses_of(model) | {"picture": edit(model, tasks(1)[0])}
+    losses = losses_of(model) | {"picture": edit(model, example())}
     return {"rank": rank, "numbers": numbers, "share": share, "size": size, "seconds": seconds, **losses}
 
 
@@ -332,8 +339,8 @@ def sweep(rows: Sequence[dict]) -> None:
     lines.append(("before", "", "", "", "", f"{before['new']:.3f}", f"{before['old']:.3f}"))
     for line in lines:
         print("   ".join(str(cell).rjust(max(6, len(head))) for cell, head in zip(line, heads, strict=True)))
-    names, task = ["before", *(str(each["rank"]) for each in rows)], tasks(1)[0]
-    figure = plt.figure(figsize=(9.2, 4.6))
+    names, task = ["before", *(str(each["rank"]) for each in rows)], example()
+    figure = plt.figure(figsize=(9.2, 5.0))
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.35))
     pictures = top.subplots(1, len(rows) + 1)
     titles = [f"given: {said(task, 20)}", *(f"rank {name}" if name != "all" else "all weights" for name in names[1:])]

@@ -7,7 +7,8 @@ from PIL import Image
 from course import MODEL, ROOT, TIER, TINY
 from minqwen.pipeline import PARTS, QwenImagePipeline
 
-SCENE, WISH = ROOT / "data/pictures/scene.png", "make the star green"  # an edit that the small model gets right
+SCENE = ROOT / "data/pictures/scene.png"  # a cat, a tree and a cake
+WISH = "replace the cat with a fox"  # an edit that the small model gets right
 FULL = TIER == "full"
 # What the model of the tier is asked for.
 WHOLE_SCENE = ROOT / "data/pictures/coffee.png" if FULL else SCENE

@@ -19,7 +19,7 @@ TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 
 def measure(repeats: int, monkeypatch) -> tuple[float, float]:
     """Median seconds of an edit: ours, diffusers'. Runs alternate, so that both meet the same machine."""
-    ours, theirs = QwenImagePipeline.from_pretrained(TINY, device="cpu"), edit_pipeline(TINY, 64 * 64, monkeypatch)
+    ours, theirs = QwenImagePipeline.from_pretrained(TINY, device="cpu"), edit_pipeline(TINY, 96 * 96, monkeypatch)
     edit = sample_edit(np.random.default_rng(0))
     options = {
         "num_inference_steps": 20,
