@@ -32,6 +32,7 @@ from minqwen.world import (
     sample_scene,
     vocabulary,
 )
+from minqwen.world.scenes import JITTER
 from minqwen.world.words import Slot, clear_references, reference
 
 ENGLISH = replace(WORLD, chinese=0.0)
@@ -80,7 +81,8 @@ def test_every_thing_is_read_in_every_size_on_every_ground():
     looks = [(name, size) for name in THINGS for size in ("small", "large")]
     for k in range(0, len(looks) * len(BACKGROUNDS), places):  # each look on each ground in the end
         part = [looks[(k + i) % len(looks)] for i in range(places)]
-        things = [Thing(name, PLACES[i], size, (i % 3) - 1, 1 - i % 3) for i, (name, size) in enumerate(part)]
+        off = [JITTER * (i % 3 - 1) for i in range(places)]
+        things = [Thing(name, PLACES[i], size, off[i], -off[i]) for i, (name, size) in enumerate(part)]
         scene = Scene(list(BACKGROUNDS)[k // len(looks)], (), 20).with_things(*things)
         seen = read(draw(scene))
         assert seen.background == scene.background
