@@ -24,7 +24,7 @@ from minqwen.images import pack_latents
 STEPS = 8  # of an edit
 NOISES = 4  # so many different noises are mixed into its result
 PHOTO, CORNER = ROOT / "data/pictures/coffee.png", (70, 0, 470, 400)
-LEVELS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.8, 0.9, 1.0)
 
 Embed = Callable[[Tensor], Tensor]  # levels (B,) -> temb (B, C)
 

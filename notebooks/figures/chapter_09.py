@@ -460,7 +460,7 @@ def of_family(pictures_: list[Image.Image], family: str = "animal") -> tuple[int
 
 
 def two_animals(cases: tuple[tuple[int, float], ...] = ((1, 1), (8, 1), (8, 2), (8, 4))) -> dict:
-    """One open description, a row for each (steps, guidance): 8 of 24 pictures, and how many things are animals."""
+    """One open description, a row for each (steps, guidance): 8 of 24 pictures, with what is clear and right."""
     found = {case: animals().draw(*case) for case in cases}
     counts = {case: of_family(pictures_) for case, pictures_ in found.items()}
     figure, axes = plt.subplots(len(cases), 8, figsize=(9.4, 1.05 * len(cases) + 0.35))
@@ -468,7 +468,8 @@ def two_animals(cases: tuple[tuple[int, float], ...] = ((1, 1), (8, 1), (8, 2), 
         for axis, picture in zip(line, found[steps, scale], strict=False):
             axis.imshow(picture)
             axis.set(xticks=[], yticks=[])
-        told = f"{right} of {things} clear\nthings are animals" if things else "nothing clear"
+        told = f"{things} thing{'s' * (things != 1)}, {right} animal{'s' * (right != 1)}"
+        told += f"\n{animals().right(found[steps, scale])} of {len(found[steps, scale])} right"
         name = f"{steps} step{'s' * (steps > 1)}, s = {scale:g}\n{told}"
         line[0].set_ylabel(name, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
     figure.suptitle("“two animals”: 8 of 24 pictures, each column the same noise", fontsize=11)
