@@ -18,7 +18,7 @@ from PIL import Image
 SIZE, CELL = 96, 48  # pixels on a side of a picture and of a place
 SHEET, TILE = Path(__file__).with_name("things.png"), 128  # all things, in the order of THINGS, eight in a row
 SIZES = {"small": 30, "large": 42}  # pixels on a side of a thing
-JITTER = 3  # pixels by which a thing's middle may be off its place's, to any side
+JITTER = 2  # pixels by which a thing's middle may be off its place's, to any side
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 MIRRORED = dict(zip(PLACES, ("top right", "top left", "bottom right", "bottom left"), strict=True))
 
