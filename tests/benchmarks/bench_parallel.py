@@ -32,6 +32,7 @@ from minqwen.finetune import Settings, training
 from minqwen.transformer import QwenImageTransformer2DModel
 
 SIDE, WORDS = 8, 16  # tokens
+GIVES_BACK = kills.alone() | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # bytes: larger pieces go back to the system
 
 
 def own() -> float:
@@ -91,8 +92,7 @@ def main() -> None:
         made_folder(Path(place), None, layers=asked.layers)
         for processes in (1, 2, 4):
             command = [*kills.torchrun(processes), __file__, "--folder", place]
-            here = kills.alone() | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-            ran = subprocess.run(command, capture_output=True, text=True, env=here)
+            ran = subprocess.run(command, capture_output=True, text=True, env=GIVES_BACK)
             if ran.returncode:
                 raise RuntimeError(ran.stderr[-3000:])
             found = json.loads(ran.stdout.splitlines()[-1])
