@@ -31,10 +31,10 @@ from minqwen.tokenizer import load_tokenizer
 from minqwen.vae import AutoencoderKLQwenImage
 from minqwen.world import KINDS, SIZE, WORLD, Edit, judge, pick, sample_drawing, sample_edit
 
-STEPS = {"transformer": 16384}
+STEPS = {"transformer": 17408}
 DECAY = 0.3  # the last share of the steps, in which the rate falls to 0
 DRAWN = 0.45  # the share of batches that draw instead of edit
-DRAWINGS = replace(WORLD, open=0.7, several=0.5)  # the harder, the more often
+DRAWINGS = replace(WORLD, open=0.7, several=0.7)  # the harder, the more often
 OFTEN = {"remove": 1, "move": 2, "swap": 2, "add": 2, "replace": 3, "background": 8}  # the same
 BATCH = 64
 SIDE = SIZE // 16  # tokens on a side of a picture

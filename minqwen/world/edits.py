@@ -101,7 +101,8 @@ def sample_open(rng: np.random.Generator, world: World, chinese: bool) -> tuple[
     if rng.random() < world.several:
         family, count = pick(rng, FAMILIES), int(rng.integers(2, 4))
         names = tuple(name for name in world.things if THINGS[name].family == family)
-        places = [PLACES[k] for k in rng.permutation(4)[:count]]
+        first = pick(rng, (0, 2))  # side by side, above or below; a third in the other row
+        places = (PLACES * 2)[first : first + count]
         scene = scene.with_things(*(sample_thing(rng, place, names) for place in places))
         wanted = Slot(family=family)
         return scene, Wish((wanted,) * count, background), [indefinite(wanted, chinese, count)]
