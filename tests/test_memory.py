@@ -67,8 +67,8 @@ def write(model, folder: Path) -> None:
         save_file(model.state_dict(), path)
 
 
-def shell(folder: Path, streams: bool) -> Shell:
-    made = Shell(Checkpoint(folder), QwenImageTransformer2DModel, "transformer", "cpu", torch.float32)
+def shell(folder: Path, streams: bool, dtype: torch.dtype = torch.float32) -> Shell:
+    made = Shell(Checkpoint(folder), QwenImageTransformer2DModel, "transformer", "cpu", dtype)
     made.arrange(streams)
     return made
 
@@ -76,7 +76,8 @@ def shell(folder: Path, streams: bool) -> Shell:
 def inputs(model, sigma: float) -> tuple:
     config = model.config
     img, txt = torch.randn(1, 10, config["in_channels"]), torch.randn(1, 3, config["joint_attention_dim"])
-    return img, txt, None, torch.tensor([sigma]), [[(1, 2, 3), (1, 2, 2)]]
+    dtype = model.img_in.weight.dtype
+    return img.to(dtype), txt.to(dtype), None, torch.tensor([sigma]), [[(1, 2, 3), (1, 2, 2)]]
 
 
 @pytest.mark.slow
@@ -84,18 +85,19 @@ def inputs(model, sigma: float) -> tuple:
 @pytest.mark.parametrize("bits", [None, 4])
 @torch.no_grad()
 def test_the_table_says_what_the_layers_say(folder, streams, bits):
+    """In float64: in float32 a random network magnifies what a sum of several rows rounds otherwise than one of one."""
     plain = Checkpoint(folder).load(QwenImageTransformer2DModel, "transformer")
     if bits:
         quantize_blocks(plain, bits)
         write(plain, folder)
-    away = shell(folder, streams)
+    away, plain = shell(folder, streams, torch.float64), plain.double()
     model, sigmas = away.open(), torch.tensor([0.9, 0.4, 0.1])
     table = away.modulations(sigmas)
     assert all(block.img_mod[1].weight.is_meta for block in away.module.transformer_blocks._modules.values())
     for sigma in sigmas.tolist():
         asked = inputs(plain, sigma)
         theirs, ours = plain(*asked), model(*asked, modulations=table[sigma])
-        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+        assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from minqwen.transformer import QwenImageTransformer2DModel
 
 TINY = Path(__file__).resolve().parents[2] / "data" / "tiny"
 LAYERS = 4
-AREAS = {"tiny": 64 * 64, "four layers": 512 * 512}
+AREAS = {"tiny": 96 * 96, "four layers": 512 * 512}
 STEPS = {"tiny": 40, "four layers": 4}
 
 
