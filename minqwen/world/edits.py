@@ -163,7 +163,7 @@ def change(
         words = {"a": indefinite(slot(new, ("name", "size")), chinese), "place": new.place}
         return scene.with_things(*scene.things, new), words
     if kind == HELD_BACK:
-        return scene.with_things(*(replace(t, place=MIRRORED[t.place], dx=-t.dx) for t in scene.things)), {}
+        return scene.with_things(*(replace(t, place=MIRRORED[t.place]) for t in scene.things)), {}
     it = pick(rng, scene.things)
     rest = [thing for thing in scene.things if thing is not it]
     words = {"it": reference(it, pick(rng, clear_references(scene, it)), chinese)}
