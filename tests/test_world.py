@@ -187,11 +187,10 @@ def test_true_pictures_pass_also_slightly_worse_ones(gen):
 
 @pytest.mark.slow
 def test_the_hardest_jpeg_passes(gen):
-    """Of all things, sizes and offsets on all grounds these leave most in one spot; chance draws them once in years."""
-    for background, dx, dy in (("gray", -2, 0), ("blue", -2, -2), ("blue", -2, 0)):
-        scene = Scene(background).with_things(*(Thing("cake", place, "small", dx, dy, 1) for place in PLACES[:3]))
-        edit = Edit("draw", None, "three small cakes", scene)
-        assert explain(worse(edit.target, gen)["JPEG"], edit) == []
+    """Of all 2,700 things, sizes and offsets on all grounds these three leave most in one spot: 0.8 of what may be."""
+    frogs = (Thing("frog", place, "small", dx, -2) for place, dx in zip(PLACES, (2, 0, -2), strict=False))
+    edit = Edit("draw", None, "three small frogs", Scene("gray").with_things(*frogs))
+    assert explain(worse(edit.target, gen)["JPEG"], edit) == []
 
 
 @pytest.mark.slow
