@@ -178,15 +178,13 @@ def rates(shell: Shell, area: int, pictures: int = 1, streams: bool = True) -> t
         return rate, float("inf")
     walk = shell.streamed(BLOCKS, lambda name: MODULATION not in name)
     sizes = [sum(map(shell.size, names.values())) for names in walk.names]
-    count = min(len(sizes), max(2, PROBE // sizes[0]))
+    count = max(2, min(len(sizes), PROBE // sizes[0]))
     shared = shell.device.type == "cpu"
 
     def some_blocks() -> None:
-        for number, _ in enumerate(walk, 2):  # while one is used, the next comes
+        for _ in zip(range(count - 1), walk, strict=False):  # while one is used, the next comes
             if shared:
                 run()
-            if number >= count:
-                break
 
     added = clocked(some_blocks) - shared * (count - 1) * alone
     return rate, sum(sizes[:count]) / max(added, 1e-9)

@@ -56,7 +56,7 @@ MODEL_INDEX = {
     "_class_name": "QwenImageEditPipeline",
     "_diffusers_version": DIFFUSERS,
     "_area": 96 * 96,  # ours: the default working size, in pixels
-    "_true_cfg_scale": 1.5,  # ours: the default guidance, the best of 1 to 5 (see evaluate.py)
+    "_true_cfg_scale": 2.0,  # ours: the default guidance, the best of 1 to 5 (see evaluate.py)
     "processor": ["transformers", "Qwen2VLProcessor"],
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],

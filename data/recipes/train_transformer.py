@@ -8,6 +8,7 @@ measurement, transformer.png, a sheet of pictures.
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +31,11 @@ from minqwen.tokenizer import load_tokenizer
 from minqwen.vae import AutoencoderKLQwenImage
 from minqwen.world import KINDS, SIZE, WORLD, Edit, judge, pick, sample_drawing, sample_edit
 
-STEPS = {"transformer": 7680}
-DECAY = 0.5  # the last share of the steps, in which the rate falls to 0
-DRAWN = 0.4  # the share of batches that draw instead of edit
-OFTEN = {"remove": 1, "move": 2, "swap": 2, "add": 3, "background": 3, "replace": 4}  # the harder, the more often
+STEPS = {"transformer": 17408}
+DECAY = 0.3  # the last share of the steps, in which the rate falls to 0
+DRAWN = 0.45  # the share of batches that draw instead of edit
+DRAWINGS = replace(WORLD, open=0.7, several=0.7)  # the harder, the more often
+OFTEN = {"remove": 1, "move": 2, "swap": 2, "add": 2, "replace": 3, "background": 8}  # the same
 BATCH = 64
 SIDE = SIZE // 16  # tokens on a side of a picture
 GRID = (1, SIDE, SIDE)
@@ -56,7 +58,7 @@ def sample_tasks(
     rng: np.random.Generator, size: int, draw: bool, tokenizer, encode, no_caption: float = 0.1
 ) -> Tasks:
     kinds = [kind for kind, times in OFTEN.items() for _ in range(times)]
-    edits = [sample_drawing(rng) if draw else sample_edit(rng, pick(rng, kinds)) for _ in range(size)]
+    edits = [sample_drawing(rng, DRAWINGS) if draw else sample_edit(rng, pick(rng, kinds)) for _ in range(size)]
     dropped = rng.random(size) < no_caption
     noisy = rng.random() < 0.2
     words = [chatty(rng, e.instruction) if noisy else e.instruction for e in edits]

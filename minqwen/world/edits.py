@@ -84,9 +84,11 @@ def sample_drawing(rng: np.random.Generator, world: World = WORLD, is_open: bool
     is_open = bool(rng.random() < world.open) if is_open is None else is_open
     if is_open:
         scene, wish, parts = sample_open(rng, world, chinese)
+        scene = scene.with_things(*map(centered, scene.things))
         text = phrase(rng, "draw", world, chinese, things=listed(parts, wish.background, chinese))
         return Edit("open", None, text, scene, wanted=wish)
     scene = sample_scene(rng, world)
+    scene = scene.with_things(*map(centered, scene.things))
     parts = [indefinite(slot(thing, ALL_OF_IT), chinese) for thing in scene.things]
     text = phrase(rng, "draw", world, chinese, things=listed(parts, scene.background, chinese))
     return Edit("draw", None, text, scene)
@@ -96,14 +98,15 @@ def sample_open(rng: np.random.Generator, world: World, chinese: bool) -> tuple[
     """One right scene, the wish, and the wish's parts in words."""
     scene = sample_scene(rng, world, 1, 1)
     background = scene.background if rng.random() < 0.5 else None
-    how = pick(rng, ("family", "several", "name", "something"))
-    if how == "several":
+    if rng.random() < world.several:
         family, count = pick(rng, FAMILIES), int(rng.integers(2, 4))
         names = tuple(name for name in world.things if THINGS[name].family == family)
-        places = [PLACES[k] for k in rng.permutation(4)[:count]]
+        first = pick(rng, (0, 2))  # side by side, above or below; a third in the other row
+        places = (PLACES * 2)[first : first + count]
         scene = scene.with_things(*(sample_thing(rng, place, names) for place in places))
         wanted = Slot(family=family)
         return scene, Wish((wanted,) * count, background), [indefinite(wanted, chinese, count)]
+    how = pick(rng, ("family", "name", "something"))
     if how == "something":
         background = scene.background
         return scene, Wish((Slot(),), background, more=True), ["一个东西" if chinese else "something"]
@@ -160,7 +163,7 @@ def change(
         words = {"a": indefinite(slot(new, ("name", "size")), chinese), "place": new.place}
         return scene.with_things(*scene.things, new), words
     if kind == HELD_BACK:
-        return scene.with_things(*(replace(t, place=MIRRORED[t.place], dx=-t.dx) for t in scene.things)), {}
+        return scene.with_things(*(replace(t, place=MIRRORED[t.place]) for t in scene.things)), {}
     it = pick(rng, scene.things)
     rest = [thing for thing in scene.things if thing is not it]
     words = {"it": reference(it, pick(rng, clear_references(scene, it)), chinese)}
@@ -172,8 +175,7 @@ def change(
         words["other"] = reference(other, pick(rng, clear_references(scene, other)), chinese)
         return scene.with_things(*rest, replace(it, place=other.place), replace(other, place=it.place)), words
     if kind == "replace":
-        new = newcomer(rng, it.place, world)
-        new = replace(new, size=it.size, dx=it.dx, dy=it.dy, extra=it.extra)
+        new = replace(newcomer(rng, it.place, world), size=it.size)
         words["a"] = indefinite(slot(new, ("name",)), chinese)
         return scene.with_things(*rest, new), words
     words["place"] = pick(rng, scene.empty_places())  # move
@@ -181,5 +183,10 @@ def change(
 
 
 def newcomer(rng: np.random.Generator, place: str, world: World) -> Thing:
-    """A thing that an instruction brings in: in the middle of its place, since nobody says where else."""
-    return replace(sample_thing(rng, place, world.things), dx=0, dy=0, extra=0)
+    """A thing that an instruction brings in."""
+    return centered(sample_thing(rng, place, world.things))
+
+
+def centered(thing: Thing) -> Thing:
+    """What words bring in stands in the middle of its place, since they don't say where else."""
+    return replace(thing, dx=0, dy=0)

@@ -18,7 +18,7 @@ from PIL import Image
 SIZE, CELL = 96, 48  # pixels on a side of a picture and of a place
 SHEET, TILE = Path(__file__).with_name("things.png"), 128  # all things, in the order of THINGS, eight in a row
 SIZES = {"small": 30, "large": 42}  # pixels on a side of a thing
-JITTER = 2  # a thing's middle is up to so many pixels from its place's, its size up to one pixel from SIZES
+JITTER = 2  # pixels by which a thing's middle may be off its place's, to any side
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 MIRRORED = dict(zip(PLACES, ("top right", "top left", "bottom right", "bottom left"), strict=True))
 
@@ -55,7 +55,6 @@ class Thing:
     size: str = "large"
     dx: int = 0  # of its middle from that of its place, pixels to the right
     dy: int = 0  # downwards
-    extra: int = 0  # pixels by which it is larger than SIZES says
 
     @property
     def family(self) -> str | None:
@@ -64,7 +63,7 @@ class Thing:
     @property
     def side(self) -> int:
         """Pixels."""
-        return SIZES[self.size] + self.extra
+        return SIZES[self.size]
 
 
 @dataclass(frozen=True)
@@ -141,6 +140,7 @@ class World:
     chinese: float = 0.15  # share of instructions in Chinese
     unseen: bool = False  # UNSEEN_PHRASES instead of PHRASES: to test, never to train
     open: float = 0.4  # share of descriptions that leave something to the painter
+    several: float = 0.25  # share of those that ask for several things
     twins: float = 0.5  # share of two-picture edits whose reference fits a thing of Picture 1 as well
 
 
@@ -157,8 +157,8 @@ def sample_thing(rng: np.random.Generator, place: str, names: tuple[str, ...]) -
     """One of the named things, of any size and offset."""
     name = pick(rng, names)
     size = "small" if rng.random() < 0.3 else "large"
-    dx, dy = rng.integers(-JITTER, JITTER + 1, 2).tolist()
-    return Thing(name, place, size, dx, dy, int(rng.integers(-1, 2)))
+    dx, dy = (JITTER * rng.integers(-1, 2, 2)).tolist()
+    return Thing(name, place, size, dx, dy)
 
 
 def sample_scene(rng: np.random.Generator, world: World = WORLD, least: int = 1, most: int = 3) -> Scene:

@@ -5,14 +5,13 @@ from functools import cache
 
 import numpy
 import torch
-from PIL import Image
 
 from checks import WHOLE, Wrong, ask, exercise, expect, expect_finding
 from course import ROOT, TINY
 from minqwen.checkpoint import Checkpoint
 from minqwen.lora import adapters, load_lora
 from minqwen.transformer import QwenImageTransformer2DModel
-from minqwen.world import HELD_BACK, Edit, sample_edit
+from minqwen.world import HELD_BACK, sample_edit
 
 FILE = ROOT / "data" / "finetune" / f"{HELD_BACK}_lora.safetensors"
 _rng = numpy.random.default_rng(9 * 10**8)
@@ -200,23 +199,17 @@ def cause(finding):
 # ---------------------------------------------------------------------------------------------------- 10.6
 
 
-def mirrored(image: Image.Image, task: Edit) -> bool:
-    """Whether a picture is less than half as far from the right one as the given one is: mirrored, if not sharp."""
-    image, right, given = (numpy.asarray(picture, float) for picture in (image, task.target, task.source))
-    return bool(abs(image - right).mean() < 0.5 * abs(given - right).mean())
-
-
 @exercise("10.6")
 def strength(answer):
     """at_strength(strength): the count at 0 and at 1."""
     off, on = ask(answer, 0.0), ask(answer, 1.0)
     for count in (off, on):
         if isinstance(count, bool) or not isinstance(count, int):
-            raise Wrong(f"expected a whole number of mirrored edits, got {count!r}")
+            raise Wrong(f"expected a whole number of right edits, got {count!r}")
     if off and off == on:
-        raise Wrong(f"{off} mirrored at strength 0 and at 1: the strength is not used")
+        raise Wrong(f"{off} right at strength 0 and at 1: the strength is not used")
     if off > 1:
-        raise Wrong(f"{off} mirrored at strength 0: the adapters are not off")
+        raise Wrong(f"{off} right at strength 0: the adapters are not off")
     if on < 8:
-        raise Wrong(f"{on} mirrored at strength 1, expected at least 8: is the file on the pipeline that edits?")
+        raise Wrong(f"{on} right at strength 1, expected at least 8: is the file on the pipeline that edits?")
     return f"{off} of ten at strength 0, {on} at 1."

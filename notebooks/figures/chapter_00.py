@@ -66,16 +66,16 @@ def apart(a: Image.Image, b: Image.Image) -> int:
     return np.abs(np.asarray(a, int) - np.asarray(b, int)).max().item()
 
 
-def clear(network, pictures: Tensor, size: int = 64) -> list[int]:
+def clear(network, pictures: Tensor, size: int = 64) -> dict[int, int]:
     """How many walks of 1, 4 and 20 steps from noise end with every pixel on the side where one picture has it."""
-    counts, generator = [], torch.Generator().manual_seed(5)
+    counts, generator = {}, torch.Generator().manual_seed(5)
     start = torch.randn(size, *pictures.shape[1:], generator=generator)
     for steps in (1, 4, 20):
         x = start
         for i in range(steps):
             x = x - network(x, 1 - i / steps) / steps
         same = (x[:, None].sign() == pictures.sign()).flatten(2).all(-1)  # (noises, pictures)
-        counts.append(same.any(-1).sum().item())
+        counts[steps] = same.any(-1).sum().item()
     return counts
 
 
@@ -149,7 +149,7 @@ def plane(picture: Tensor, noise: Tensor, mixes: list[Tensor], levels: list[floa
 
 
 def shown_and_pointed(rows: list[tuple[float, Tensor, Tensor]]) -> None:
-    """For each noise level what the network sees, and the picture to which its arrow points."""
+    """For each noise level what the network sees, and the picture to which its arrow points back."""
     figure, axes = plt.subplots(2, len(rows), figsize=(9.4, 3.9))
     for (sigma, x, guess), (upper, lower) in zip(rows, axes.T, strict=True):
         for axis, picture, title in ((upper, x, f"σ = {sigma:g}"), (lower, guess, "")):
@@ -157,7 +157,7 @@ def shown_and_pointed(rows: list[tuple[float, Tensor, Tensor]]) -> None:
             tidy(axis, title)
             framed(axis)
     axes[0, 0].set_ylabel("the mix\nx", fontsize=10)
-    axes[1, 0].set_ylabel("where its\narrow points\nx − σ · v", fontsize=10)
+    axes[1, 0].set_ylabel("where its arrow\npoints back to\nx − σ · v", fontsize=10)
     plt.show()
 
 
@@ -204,7 +204,7 @@ def beside(results: dict[str, Image.Image]) -> None:
 
 
 def on_the_way(rows: list[tuple[float, Tensor, Tensor]], size: tuple[int, int], most: int = 7) -> None:
-    """The mix at several noise levels of an edit, and the picture to which the arrow points there."""
+    """The mix at several noise levels of an edit, and the picture to which the arrow points back there."""
     rows = [rows[k] for k in np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int)]
     rows = [(sigma, *(model().decode(z, *size) for z in both)) for sigma, *both in rows]
     figure, axes = plt.subplots(2, len(rows), figsize=(9.4, 3.0))

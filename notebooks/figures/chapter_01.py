@@ -24,7 +24,7 @@ from minqwen.images import pack_latents
 STEPS = 8  # of an edit
 NOISES = 4  # so many different noises are mixed into its result
 PHOTO, CORNER = ROOT / "data/pictures/coffee.png", (70, 0, 470, 400)
-LEVELS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0)
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.8, 0.9, 1.0)
 
 Embed = Callable[[Tensor], Tensor]  # levels (B,) -> temb (B, C)
 
@@ -259,25 +259,30 @@ def way_of_sigma(C: int) -> None:
     plt.show()
 
 
-def temb_over_sigma(temb_of: Embed, count: int = 4) -> None:
+def temb_over_sigma(waves_of: Embed, read: Embed, count: int = 4) -> None:
     """Some numbers of temb over the noise levels that a walk passes: those that move most, and unlike each other.
 
-    Each block puts temb through a SiLU first, which makes nothing of its large negative numbers; so it is drawn here.
+    On the right the fast half of the clocks stands at its mean. Each block puts temb through a SiLU first, which makes
+    nothing of its large negative numbers; so it is drawn here.
     """
     sigma = torch.linspace(0.02, 1, 400)
+    waves, still = waves_of(sigma), waves_of(torch.linspace(0, 1, 1001)).mean(0)
+    fast = torch.arange(len(still) // 2).repeat(2) < len(still) // 4
     with torch.no_grad():
-        read = F.silu(temb_of(sigma))
-    moved = read - read.mean(0)
+        whole, slow = (F.silu(read(each)) for each in (waves, torch.where(fast, still, waves)))
+    moved, calm = whole - whole.mean(0), slow - slow.mean(0)
     size = moved.norm(dim=0)
     alike = (moved.T @ moved / (size[:, None] * size)).abs()
     chosen = [size.argmax().item()]
     while len(chosen) < count:  # the one least like those that are chosen already
         unlike = alike[:, chosen].amax(1).masked_fill(size < size.quantile(0.7), 2)
         chosen.append(unlike.argmin().item())
-    _, axis = plt.subplots(figsize=(8.4, 2.9))
-    axis.plot(sigma, (moved / moved.abs().amax(0))[:, chosen], lw=1.8)
-    title = f"{count} of the {len(size)} numbers of temb after the SiLU, each scaled to at most 1"
-    axis.set(xlabel="noise level σ", ylabel="value, less its mean", title=title)
+    figure, axes = plt.subplots(1, 2, figsize=(9.4, 3.3), sharey=True)
+    for axis, values, title in zip(axes, (moved, calm), ("all clocks run", "the fast half stands"), strict=True):
+        axis.plot(sigma, (values / moved.abs().amax(0))[:, chosen], lw=1.6)
+        axis.set(xlabel="noise level σ", title=title)
+    axes[0].set_ylabel("value, less its mean")
+    figure.suptitle(f"{count} of the {len(size)} numbers of temb after the SiLU, scaled to at most 1 on the left")
     plt.show()
 
 

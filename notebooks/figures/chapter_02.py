@@ -40,12 +40,16 @@ def swapped(tables: Callable | None = None, turn: Callable | None = None) -> Ite
 
 
 def edit(
-    wish: str = WISH, tables: Callable | None = None, turn: Callable | None = None, picture: Image.Image | None = None
+    wish: str = WISH,
+    tables: Callable | None = None,
+    turn: Callable | None = None,
+    picture: Image.Image | None = None,
+    seed: int = 0,
 ) -> Image.Image:
-    """The edit of a picture, always from the same noise."""
+    """The edit of a picture, from the noise of a seed."""
     settings = {"num_inference_steps": STEPS, "true_cfg_scale": 1.0, "progress": False}
     with swapped(tables, turn):
-        return model().edit(picture or given(), wish, generator=torch.Generator().manual_seed(0), **settings)
+        return model().edit(picture or given(), wish, generator=torch.Generator().manual_seed(seed), **settings)
 
 
 def tokens_of(picture: Image.Image) -> tuple[Tensor, tuple[int, int, int]]:
@@ -354,14 +358,18 @@ def nearness(sequence_positions: Callable, angles_of: Callable, side: int = 15) 
 
 
 def broken_edits(turn_halves: Callable) -> None:
-    """The same edit by the small model: as it was trained, with halves turned, with both pictures in one frame."""
+    """Two edits by the small model: as it was trained, with halves turned, with both pictures in one frame."""
 
     def halves(x, table):
         cos, sin = table
         return turn_halves(x, torch.atan2(sin, cos))
 
-    pictures = [given(), edit(), edit(turn=halves), edit(tables=one_frame)]
-    show(pictures, ["the given picture", f"“{WISH}”", "halves turned", "both pictures\nin frame 0"], size=2.2)
+    pictures, titles, seed = [], [], 1
+    for wish in (WISH, "remove the cake"):  # in one frame the first is nearly right, from most noises
+        swaps = ({}, {"turn": halves}, {"tables": one_frame})
+        pictures += [given(), *(edit(wish, seed=seed, **each) for each in swaps)]
+        titles += ["the given picture", f"“{wish}”", "halves turned", "both pictures\nin frame 0"]
+    show(pictures, titles, size=2.2, rows=2)
 
 
 # ------------------------------------------------------------------------------------------------------- the appendix

@@ -27,7 +27,7 @@ from minqwen.sampling import denoise, get_sigmas
 from minqwen.world import Edit, judge, sample_edit
 
 STEPS, STOPS = 20, (4, 18)  # of the edit that is stopped after each block, and where
-FIXED = (0.95, 0.6, 0.2)  # noise levels that a model is told throughout
+FIXED = (0.95, 0.5, 0.2)  # noise levels that a model is told throughout
 BLOCK = 3  # the block that the lesson looks into
 TASKS, LEVELS = 8, (0.9, 0.6, 0.3)  # edits that are counted, and noise levels at which the velocity is measured
 PARTS = {"image, attention": ("image", 2), "image, MLP": ("image", 5),

@@ -445,7 +445,7 @@ def where_they_part(broken: dict[str, nn.Module], right: nn.Module, inputs: dict
         first = next(k for k, value in enumerate(off) if value > 1e-5)
         axis.bar(range(len(off)), [100 * value for value in off], width=1, color=RED)
         label = keys[first].removesuffix(" > 0").replace("transformer_blocks", "blocks")
-        before = first > len(off) / 2
+        before = first > len(off) / 4  # room for the label: nothing differs there
         axis.annotate(label, (first, 100 * off[first]), xytext=(-14 if before else 14, 0), textcoords="offset points",
                       ha="right" if before else "left", va="center", color=RED, fontsize=9,
                       arrowprops={"arrowstyle": "->", "color": RED})  # fmt: skip

@@ -181,14 +181,16 @@ def planes(pairs: dict[str, Pair], crops: Tensor, count: int = 24) -> None:
 def prices(clouds: Sequence[tuple[float, float]]) -> None:
     """Bells of these means and deviations beside that of the noise, each with its KL term."""
     x = np.linspace(-4, 4, 600)
-    figure, axes = plt.subplots(1, len(clouds), figsize=(9.2, 2.5))  # each with its own height
+    figure, axes = plt.subplots(1, len(clouds), figsize=(9.2, 2.5))
     bell = lambda mean, std: np.exp(-(((x - mean) / std) ** 2) / 2) / std / math.sqrt(2 * math.pi)  # noqa: E731
     for axis, (mean, std) in zip(axes, clouds, strict=True):
         price = (mean**2 + std**2 - 1 - 2 * math.log(std)) / 2
         axis.fill_between(x, bell(0, 1), color=BLUE, alpha=0.25, lw=0, label="noise")
         axis.plot(x, bell(mean, std), color=ORANGE, lw=2, label="one crop")
-        axis.set(title=f"mean {mean:g}, deviation {std:g}\ncosts {price:.2f}", xlabel="the number")
-        axis.set(ylim=(0, 1.6 * bell(mean, std).max()), xticks=(-4, -2, 0, 2, 4))
+        top = 1 if std > 0.4 else 1.2 * bell(mean, std).max()  # a narrow bell is too high for the common scale
+        scale = "" if top == 1 else " (other scale)"
+        axis.set(title=f"mean {mean:g}, deviation {std:g}\ncosts {price:.2f}{scale}", xlabel="the number")
+        axis.set(ylim=(0, top), xticks=(-4, -2, 0, 2, 4))
     axes[0].set_ylabel("how likely (density)")
     axes[0].legend(loc="upper left")
     plt.show()

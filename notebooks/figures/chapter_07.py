@@ -31,6 +31,7 @@ WISHES = ("replace the cat with a fox", "remove the cake", "move the tree to the
 ONE_WORD = {
     "replace the cat with a fox": None, "replace the cat with a dog": BLUE, "replace the tree with a fox": ORANGE,
 }  # fmt: skip
+SHOWN = "replace the cake with a fox"  # where vectors are miscounted
 STEPS, TASKS = 4, 12  # of an edit; edits that are judged
 ADDED = """endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start
 vision_end vision_pad image_pad video_pad""".split()  # the marks of the released vocabulary, in the order of their ids
@@ -279,8 +280,8 @@ def one_word(
     plt.show()
 
 
-def first_to_differ() -> list[str]:
-    """How far each vector moves when one word of the instruction is another; the first token that differs."""
+def which_differ() -> dict[str, list[str]]:
+    """How far each vector moves when one word of the instruction is another; the tokens whose vectors differ."""
     (first, _), *others = ONE_WORD.items()
     vectors, tokens = states(first, scene())
     names = pieces_of(model().tokenizer, tokens.input_ids[0, tokens.drop :].tolist())
@@ -289,16 +290,18 @@ def first_to_differ() -> list[str]:
     behind = first_of_picture + count
     labels = [f"template\n({tokens.drop})", *names[:first_of_picture], f"picture\n({count})", *names[behind:]]
     figure, axis = plt.subplots(figsize=(9.8, 2.9))
-    found = []
+    found = {}
     for k, (wish, colour) in enumerate(others):
         other = states(wish, scene())[0]
         front, kept = ((other - vectors).norm(dim=-1) / vectors.norm(dim=-1)).tensor_split([tokens.drop])
-        found.append(names[int((kept > 1e-5).nonzero()[0])])
+        ((old, new),) = [pair for pair in zip(first.split(), wish.split(), strict=True) if len({*pair}) == 2]
+        change = f"“{new}” in place of “{old}”"
+        found[change] = [names[n] for n in (kept > 1e-5).nonzero()[:, 0].tolist()]
         assert front.max() < 1e-5
         picture = kept[first_of_picture:behind].max()  # of template and picture the largest change
         shown = [front.max(), *kept[:first_of_picture], picture, *kept[behind:]]
         places = torch.arange(len(labels)) + 0.4 * k - 0.2
-        axis.bar(places, shown, 0.38, color=colour, label=f"against “{wish}”")
+        axis.bar(places, shown, 0.38, color=colour, label=change)
     axis.set_xticks(range(len(labels)), [label.replace("_", "_\n") for label in labels], fontsize=8)
     axis.set(yscale="log", ylim=(1e-4, 3), title=f"“{first}”: which vectors change?",
              ylabel="change of the vector,\nshare of its length")  # fmt: skip
@@ -399,9 +402,9 @@ def miscounted() -> dict[str, int]:
         "the template\nfor drawing": lambda w, picture: encoded(w, picture, T2I._replace(picture=EDIT.picture)),
     }
     counts = {name.replace("\n", " "): right(way) for name, way in ways.items()}
-    pictures = [edit(scene(), WISHES[0], way) for way in ways.values()]
+    pictures = [edit(scene(), SHOWN, way) for way in ways.values()]
     titles = [f"{name}\n{n} of {TASKS}" for name, n in zip(ways, counts.values(), strict=True)]
-    show([scene(), *pictures], ["the given\npicture\n", *titles], size=1.5)
+    show([scene(), *pictures], ["given, and\n“replace the cake\nwith a fox”", *titles], size=1.5)
     return counts
 
 

@@ -239,11 +239,18 @@ def tasks(sort: str, count: int, seed: int = SEED) -> Tasks:
     return Tasks([sample_edit(rng) if sort == "edits" else sample_drawing(rng, is_open=is_open) for _ in range(count)])
 
 
+THREE_ANIMALS = Wish((Slot(family="animal"),) * 3)
+
+
 @cache
-def animals(count: int = 24) -> Tasks:
-    """One open description, "two animals", with so many noises."""
-    wish = Wish((Slot(family="animal"),) * 2)
-    return Tasks([Edit("open", None, "two animals", Scene("white"), wanted=wish)] * count)
+def repeated(text: str, wish: Wish | None = None, count: int = 40) -> Tasks:
+    """One description with so many noises."""
+    return Tasks([Edit("open", None, text, Scene("white"), wanted=wish)] * count)
+
+
+def things_in(picture: Image.Image) -> list:
+    """The clear things that the judge sees in a picture."""
+    return [thing for thing in read(picture).things.values() if thing]
 
 
 # ---------------------------------------------------------------------------------------------------------- drawings
@@ -453,24 +460,25 @@ def table_of_tasks(counts: tuple[int, ...] = (1, 8), scales: tuple[float, ...] =
     return found
 
 
-def of_family(pictures_: list[Image.Image], family: str = "animal") -> tuple[int, int]:
-    """How many clear things the judge sees in some pictures, and how many of them are of a family."""
-    things = [thing for picture in pictures_ for thing in read(picture).things.values() if thing]
-    return len(things), sum(thing.family == family for thing in things)
-
-
-def two_animals(cases: tuple[tuple[int, float], ...] = ((1, 1), (8, 1), (8, 2), (8, 4))) -> dict:
-    """One open description, a row for each (steps, guidance): 8 of 24 pictures, and how many things are animals."""
-    found = {case: animals().draw(*case) for case in cases}
-    counts = {case: of_family(pictures_) for case, pictures_ in found.items()}
+def three_animals(cases: tuple[tuple[int, float], ...] = ((1, 1), (8, 1), (8, 2), (8, 4))) -> dict:
+    """One open description, a row for each (steps, guidance): 8 of 40 pictures, with what all of them hold."""
+    tasks_ = repeated("three animals", THREE_ANIMALS)
     figure, axes = plt.subplots(len(cases), 8, figsize=(9.4, 1.05 * len(cases) + 0.35))
-    for ((steps, scale), (things, right)), line in zip(counts.items(), axes, strict=True):
-        for axis, picture in zip(line, found[steps, scale], strict=False):
+    counts = {}
+    for (steps, scale), line in zip(cases, axes, strict=True):
+        drawn = tasks_.draw(steps, scale)
+        for axis, picture in zip(line, drawn, strict=False):
             axis.imshow(picture)
             axis.set(xticks=[], yticks=[])
-        told = f"{right} of {things} clear\nthings are animals" if things else "nothing clear"
+        held = [things_in(picture) for picture in drawn]
+        other = sum(any(thing.family != "animal" for thing in things) for things in held)
+        more = sum(len(things) > 3 for things in held)
+        counts[steps, scale] = tasks_.right(drawn), other, more
+        told = f"{counts[steps, scale][0]} of {len(drawn)} right"
+        if steps > 1:
+            told += f"\n{other} with other things\n{more} with too many"
         name = f"{steps} step{'s' * (steps > 1)}, s = {scale:g}\n{told}"
         line[0].set_ylabel(name, fontsize=10, rotation=0, ha="right", va="center", labelpad=8)
-    figure.suptitle("“two animals”: 8 of 24 pictures, each column the same noise", fontsize=11)
+    figure.suptitle("“three animals”: 8 of 40 pictures, each column the same noise", fontsize=11)
     plt.show()
     return counts

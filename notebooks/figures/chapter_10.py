@@ -28,7 +28,7 @@ from minqwen.world import HELD_BACK, KINDS, Edit, sample_edit
 
 SET = ROOT / "data/finetune"
 FILE = SET / f"{HELD_BACK}_lora.safetensors"  # made by the two commands of the README, from all of the set
-PAIRS, HELD = 64, 16  # samples of the new kind and of all old ones to train on; as many not to train on
+PAIRS, HELD = 48, 16  # samples of the new kind and of all old ones to train on; as many not to train on
 LEVELS = (0.8, 0.95)  # noise levels at which a loss is measured
 AT = "σ = " + " and ".join(map(str, LEVELS))
 EDIT_STEPS = 1  # of an edit, without guidance: enough for the small model (chapter 09)
@@ -83,29 +83,29 @@ def tasks(count: int, kind: str = HELD_BACK) -> list[Edit]:
 
 
 def example() -> Edit:
-    """The task that is shown while a model learns."""
-    return tasks(1)[0]
+    """The task that is shown while a model learns: a banana, a rocket and a pizza, which all have to move."""
+    return tasks(9)[8]
 
 
 @cache
-def all_samples() -> tuple[list[Sample], list[Sample]]:
+def all_samples(pairs: int) -> tuple[list[Sample], list[Sample]]:
     """Of the set, the first samples of the new kind, and as many of the old kinds, one of each in turn."""
     sources = find_sources(SET / "images", SET / "control", pipeline().area)
     by_kind = {kind: [s for s in sources if s.name.startswith(f"{kind}_")] for kind in (HELD_BACK, *KINDS)}
-    new, count = by_kind.pop(HELD_BACK), PAIRS + HELD
+    new, count = by_kind.pop(HELD_BACK), pairs + HELD
     old = [source for row in zip_longest(*by_kind.values()) for source in row if source]
     return tuple([encode_sample(pipeline(), s, pipeline().area) for s in part[:count]] for part in (new, old))
 
 
-def samples() -> list[Sample]:
+def samples(pairs: int = PAIRS) -> list[Sample]:
     """What the lesson trains on: edits of the new kind and, as many, of the old ones."""
-    new, old = all_samples()
+    new, old = all_samples(pairs)
     return new[HELD:] + old[HELD:]
 
 
 def held() -> dict[str, list[Sample]]:
     """What it does not train on."""
-    new, old = all_samples()
+    new, old = all_samples(PAIRS)
     return {"new": new[:HELD], "old": old[:HELD]}
 
 
