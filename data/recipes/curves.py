@@ -7,7 +7,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 KINDS = ("replace", "remove", "add", "move", "swap", "background")
-STYLES = dict.fromkeys(KINDS, {}) | {"draw": {"color": "black"}, "open": {"color": "black", "linestyle": "--"}}
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -22,9 +21,14 @@ def curves(log: Path, picture: Path) -> None:
         losses.plot([row["samples"] / 1000 for row in rows], [row[name] for row in rows], label=label)
     losses.set_title("loss")
     losses.set_ylim(0, 0.6)
-    for name, style in STYLES.items():
-        points = [(row["samples"] / 1000, row[name]) for row in rows if name in row]
-        right.plot(*zip(*points, strict=True), label=name, **style)
+    counted = [row for row in rows if KINDS[0] in row]
+    samples, edits = [row["samples"] / 1000 for row in counted], [[row[kind] for kind in KINDS] for row in counted]
+    right.plot(samples, [sum(each) / len(each) for each in edits], label="edits, all kinds")
+    right.fill_between(
+        samples, [min(e) for e in edits], [max(e) for e in edits], alpha=0.2, label="from worst to best kind"
+    )
+    right.plot(samples, [row["draw"] for row in counted], color="black", label="draw")
+    right.plot(samples, [row["open"] for row in counted], color="black", linestyle="--", label="open")
     right.set_title("right, per cent (40 of each kind, 10 steps, no guidance)")
     for axis in (losses, right):
         axis.set_xlabel("thousand samples")

@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.patches import FancyArrowPatch
-from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from PIL import Image
 from torch import Tensor, nn
 
@@ -304,30 +303,23 @@ def from_corner_or_middle(centred: Callable, small: tuple[int, int] = (4, 4), la
 
 
 def pictures_and_text(images: Tensor, text: Tensor, names: tuple[str, ...]) -> None:
-    """Every token at its three positions: seen from the front, and with the frame axis."""
-    figure = plt.figure(figsize=(10, 4.2))
-    layout = figure.add_gridspec(1, 2, width_ratios=[1, 1.35])
-    flat, deep = figure.add_subplot(layout[0]), figure.add_subplot(layout[1], projection="3d")
+    """Every token at its three positions: seen from the front, and from above."""
+    figure, (front, above) = plt.subplots(1, 2, figsize=(9.4, 4.4))
     sizes, colours = (0.92, 0.62, 0.32), (BLUE, ORANGE, RED)
     for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
         own = images[images[:, 0] == i]
         rows, columns = sorted(set(own[:, 1].tolist())), sorted(set(own[:, 2].tolist()))
-        grid(flat, rows, columns, colour, f"{name}, frame {i}", sizes[i], facecolor="none", lw=1.5)
-        corners = [[(x + a, i, -y + b) for a, b in ((-0.44, -0.44), (0.44, -0.44), (0.44, 0.44), (-0.44, 0.44))]
-                   for _, y, x in own.tolist()]  # fmt: skip
-        deep.add_collection3d(Poly3DCollection(corners, facecolor=colour, edgecolor="white", lw=0.5, alpha=0.9))
-    flat.plot(text[:, 2], text[:, 1], "o", color=GREEN, label="words")
-    deep.plot(text[:, 2], text[:, 0], -text[:, 1], "o-", ms=5, color=GREEN)
+        grid(front, rows, columns, colour, f"{name}, frame {i}", sizes[i], facecolor="none", lw=1.5)
+        grid(above, [i], columns, colour, None, 0.8, facecolor="none", lw=1.5)
+    front.plot(text[:, 2], text[:, 1], "o", color=GREEN, label="words")
+    above.plot(text[:, 2], text[:, 0], "o", color=GREEN)
     low, high = images[:, 1:].min().item() - 1, text.max().item() + 1
-    flat.set(xlabel="column", ylabel="row", xlim=(low, high), ylim=(high, low), aspect="equal", title="from the front")
-    flat.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
-    frames = range(int(high) + 1)
-    deep.set(xlabel="column", ylabel="frame", xlim=(low, high), ylim=(0, high), zlim=(-high, -low), yticks=frames)
-    ticks = [t for t in range(int(low), int(high) + 1) if t % 4 == 0]
-    deep.set(xticks=ticks, zticks=[-t for t in ticks], zticklabels=ticks, title="with the frame axis")
-    deep.set_zlabel("row", labelpad=3)
-    deep.view_init(elev=20, azim=-38)
-    deep.set_box_aspect((1, 1.7, 0.95), zoom=1.15)
+    front.set(ylabel="row", ylim=(high, low), title="from the front")
+    above.set(ylabel="frame", ylim=(-1, high), title="from above")
+    for axis in (front, above):
+        axis.set(xlabel="column", xlim=(low, high), aspect="equal")
+    figure.legend(loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     plt.show()
 
 

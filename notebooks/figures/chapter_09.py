@@ -30,6 +30,7 @@ DRAWN = "a coffee cup made of green glass" if FULL else "a cat at the top left"
 STEPS, SCALE = (50, 4.0) if FULL else (8, 2.0)  # of that edit
 ROUNDING = 32 if FULL else 1  # levels of 255 by which two ways to compute the same picture may differ: bf16, or float32
 SEED = 5  # of the tasks of the checkpoint's world that are counted
+SHOWN = slice(10, 20)  # of the 360 noises; two of these ten end in another shape without guidance
 SORTS = {"edits": 12, "closed descriptions": 12, "open descriptions": 36}  # how many the lesson counts
 
 LARGE = {
@@ -424,7 +425,7 @@ def without_guidance(results: dict[str, Tensor], said: Tensor) -> None:
 
 def same_noises(results: dict[str, Tensor], said: Tensor, told: str) -> None:
     """A row of pictures for each result, with its name and what is told of its shares."""
-    rows = {name + told.format(**shares(x, said)): x[:10] for name, x in results.items()}
+    rows = {name + told.format(**shares(x, said)): x[SHOWN] for name, x in results.items()}
     rows_of(rows, "“a ring”, 8 steps, each column the same noise", columns=10)
 
 
