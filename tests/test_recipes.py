@@ -180,7 +180,7 @@ def test_the_stored_logs_are_of_runs_as_long_as_the_recipe_says(module):
 
 def test_the_learning_rate_rises_and_falls():
     shares = [train_transformer.rate_share(step, 1000) for step in range(1010)]
-    assert (shares[0], shares[99], shares[500], shares[850], shares[999]) == (0.01, 1, 1, 0.5, 0.01)
+    assert (shares[0], shares[99], shares[500], shares[850], shares[999]) == pytest.approx((0.01, 1, 1, 0.5, 0.01))
     assert max(shares[1000:]) == 0.01  # a run ends with a whole pool, so it may go a little beyond its steps
 
 

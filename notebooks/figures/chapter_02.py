@@ -304,7 +304,7 @@ def from_corner_or_middle(centred: Callable, small: tuple[int, int] = (4, 4), la
 
 def pictures_and_text(images: Tensor, text: Tensor, names: tuple[str, ...]) -> None:
     """Every token at its three positions: seen from the front, and from above."""
-    figure, (front, above) = plt.subplots(1, 2, figsize=(9.4, 4.4))
+    figure, (front, above) = plt.subplots(1, 2, figsize=(9.4, 4.4), layout="constrained")
     sizes, colours = (0.92, 0.62, 0.32), (BLUE, ORANGE, RED)
     for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
         own = images[images[:, 0] == i]
@@ -318,8 +318,7 @@ def pictures_and_text(images: Tensor, text: Tensor, names: tuple[str, ...]) -> N
     above.set(ylabel="frame", ylim=(-1, high), title="from above")
     for axis in (front, above):
         axis.set(xlabel="column", xlim=(low, high), aspect="equal")
-    figure.legend(loc="lower center", ncols=4)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(loc="outside lower center", ncols=4)
     plt.show()
 
 
