@@ -2,8 +2,8 @@
 
 PYTHONPATH=tests python tests/benchmarks/bench_released.py --help
 
-    shrink     57.7 GB from a hub on this machine, block by block, to 21 GB in a folder
-    kills      the same into another folder, killed at 20 random moments: are the bytes the same?
+    shrink     57.7 GB from a hub on this machine, block by block, to 21 GB in a folder; beside it the same into another
+               folder, killed at 20 random moments: are the bytes the same?
     block      one block in float32 against its matrix products alone, and against diffusers
     forward    one pass of the transformer, its table and its blocks from that folder, against its matrix products alone
     edit       a whole edit of few steps: text encoder, transformer and VAE by turns
@@ -83,37 +83,40 @@ def made_hub(layers: int | None) -> Iterator[dict[str, str]]:
 
 
 def run_shrink(folder: Path, layers: int | None) -> dict:
+    """Beside it the same goes into another folder, and is killed at random moments until it is there as well."""
+    other, ended = folder.with_name(folder.name + "_killed"), []
     with made_hub(layers) as environment:
+        killer = threading.Thread(target=lambda: ended.append(killed(other, layers, environment)))
+        killer.start()
         child = subprocess.Popen([*SHRINK, str(folder)], env=environment)
         _, status, used = os.wait4(child.pid, 0)
-    assert status == 0, "the shrink has failed"
-    return {"GB on disk": sum(size_of(folder).values()) / 1e9, "GiB at the peak": used.ru_maxrss / 2**20}
-
-
-def run_kills(folder: Path, layers: int | None) -> dict:
-    """Each start lives for a random time, in which it does a twentieth of the work or so; then it is killed."""
-    other, chance, kills = folder.with_name(folder.name + "_killed"), random.Random(0), 0
-    wanted = sum(size_of(folder).values())
-    with made_hub(layers) as environment, open(os.devnull, "w") as quiet:
-        while True:
-            child = subprocess.Popen([*SHRINK, str(other), "--quiet"], env=environment, stdout=quiet, stderr=quiet)
-            goal = sum(size_of(other).values()) + chance.uniform(0, 2 * wanted / (KILLS + 1))
-            while child.poll() is None and (kills == KILLS or sum(size_of(other).values()) < goal):
-                time.sleep(0.2)
-            time.sleep(chance.uniform(0, 5))  # somewhere within a block
-            if child.poll() is not None:
-                break
-            os.kill(child.pid, signal.SIGKILL)
-            child.wait()
-            kills += 1
-    assert child.returncode == 0, "the last start has failed"
+        killer.join()
+    assert status == 0 and ended, "a shrink has failed"
     same = size_of(folder) == size_of(other) and all(
         hashlib.file_digest(open(folder / name, "rb"), "sha256").digest()
         == hashlib.file_digest(open(other / name, "rb"), "sha256").digest()
         for name in tqdm(size_of(folder), desc="comparing")
     )
     shutil.rmtree(other)
-    return {"kills": kills, "the same bytes": same}
+    found = {"GB on disk": sum(size_of(folder).values()) / 1e9, "GiB at the peak": used.ru_maxrss / 2**20}
+    return found | {"kills beside it": ended[0], "the same bytes": same}
+
+
+def killed(folder: Path, layers: int | None, environment: dict[str, str]) -> int:
+    """Each start writes some of the files, dies within a block, and leaves the rest to the next; the last one ends."""
+    files, chance, kills = 3 * layers + 3 if layers else 123, random.Random(0), 0
+    while True:
+        child = subprocess.Popen([*SHRINK, str(folder), "--quiet"], env=environment, stdout=subprocess.DEVNULL)
+        goal = len(size_of(folder)) + chance.randint(0, 2 * files // KILLS)
+        while child.poll() is None and (kills == KILLS or len(size_of(folder)) < goal):
+            time.sleep(0.2)
+        time.sleep(chance.uniform(0, 8))
+        if child.poll() is not None:
+            assert child.returncode == 0, "the last start has failed"
+            return kills
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        kills += 1
 
 
 def size_of(folder: Path) -> dict[str, int]:
@@ -219,7 +222,6 @@ def run_train(folder: Path, layers: int | None) -> dict:
 
 RUNS = {
     "shrink": run_shrink,
-    "kills": run_kills,
     "block": run_block,
     "forward": run_forward,
     "edit": run_edit,
