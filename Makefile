@@ -93,7 +93,7 @@ bench-bits: setup-test
 
 bench-released: setup-test
 	@echo "The released geometry at 4 bits, with made numbers: 57.7 GB are read from a hub on this machine, 21 GB written to"
-	@echo "$(SMALL). Leave the machine alone meanwhile; it can be interrupted and run again."
+	@echo "$(SMALL), for a while twice. Leave the machine alone meanwhile; it can be interrupted and run again."
 	@PYTHONPATH=tests $(PY) tests/benchmarks/bench_released.py $(SMALL) $(BENCH_ARGS)
 
 floors: setup-test
