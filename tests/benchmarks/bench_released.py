@@ -86,6 +86,7 @@ def run_shrink(folder: Path, layers: int | None) -> dict:
     """Beside it the same goes into another folder, and is killed at random moments until it is there as well."""
     other, ended = folder.with_name(folder.name + "_killed"), []
     with made_hub(layers) as environment:
+        environment |= {"OMP_NUM_THREADS": "1"}  # a core for each of the two
         killer = threading.Thread(target=lambda: ended.append(killed(other, layers, environment)))
         killer.start()
         child = subprocess.Popen([*SHRINK, str(folder)], env=environment)
