@@ -30,7 +30,7 @@ help:
 	@echo "make test       set everything up, then run the style check, all tests and all notebooks"
 	@echo "make bench      set everything up, then measure speed against diffusers"
 	@echo "make bench-bits      count what weights of 8, 4 and 3 bits cost: half an hour, or less with BENCH_ARGS='--count 20'"
-	@echo "make bench-released  run the released geometry at 4 bits: 40 minutes, or less with BENCH_ARGS='--layers 2'"
+	@echo "make bench-released  run the released geometry at 4 bits: half an hour, or less with BENCH_ARGS='--layers 2'"
 	@echo "make floors     run the fast tests with the lowest and the highest versions of everything, the oldest and the newest Python"
 	@echo "make fuzz       try 20,000 damaged and unusual inputs"
 	@echo "make kills      kill long work 100 times at random moments, and compare its bytes"

@@ -108,7 +108,7 @@ def killed(folder: Path, layers: int | None, environment: dict[str, str]) -> int
     files, chance, kills = 3 * layers + 3 if layers else 123, random.Random(0), 0
     while True:
         child = subprocess.Popen([*SHRINK, str(folder), "--quiet"], env=environment, stdout=subprocess.DEVNULL)
-        goal = len(size_of(folder)) + chance.randint(0, 2 * files // KILLS)
+        goal = len(size_of(folder)) + chance.randint(0, files // KILLS)
         while child.poll() is None and (kills == KILLS or len(size_of(folder)) < goal):
             time.sleep(0.2)
         time.sleep(chance.uniform(0, 8))
