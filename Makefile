@@ -86,7 +86,7 @@ bench: setup-test
 notebooks: setup-test
 	@echo "Bringing the chapters' definitions and the exercises up to date, then running chapters and solutions in place."
 	@$(PY) notebooks/tools.py
-	@$(PY) -m jupyter nbconvert --log-level=ERROR --to notebook --execute --ExecutePreprocessor.record_timing=False --inplace notebooks/*.ipynb notebooks/*/[0-9]*.ipynb
+	@$(PY) -m jupyter nbconvert --log-level=ERROR --to notebook --execute --ExecutePreprocessor.record_timing=False --inplace notebooks/*.ipynb notebooks/appendix/*.ipynb notebooks/solutions/*.ipynb
 
 bench-bits: setup-test
 	@PYTHONPATH=tests $(PY) tests/benchmarks/bench_bits.py --write $(BENCH_ARGS)

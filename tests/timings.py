@@ -75,7 +75,7 @@ def table(edit: float, makes: dict[str, float], chapters: dict[str, float], memo
     """The lines between the markers of README.md."""
     rows = [
         ("one guided edit of 20 steps", duration(edit)),
-        ("a notebook, on one core", f"{span(chapters, 's', 0)}, all together {duration(sum(chapters.values()))}"),
+        ("a lesson, on one core", f"{span(chapters, 's', 0)}, all together {duration(sum(chapters.values()))}"),
         ("a notebook's memory", span(memory, "GB", 1)),
     ]
     rows += [(f"`make {target}`, once everything is installed", duration(took)) for target, took in makes.items()]
