@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="where the checkpoint goes")
     parser.add_argument("--share", type=float, default=1.0, help="share of the full recipe's steps: 0.003 is a trial")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of unfinished work and logs")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler, no gain on CPUs")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16: faster where there are units for it")
     parser.add_argument("--no-estimate", action="store_true", help="begin at once")
     parser.add_argument("--device", default=device())

@@ -285,7 +285,7 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--pool", type=int, default=16, help="batches that are encoded at a time")
     parser.add_argument("--reuse", type=int, default=8, help="times that each is used")
     parser.add_argument("--check-every", type=int, default=3, help="pools between measurements of accuracy, 0: none")
-    parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler, no gain on CPUs")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16: faster where there are units for it")
     parser.add_argument("--device", default=device())
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs")
