@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--save-every", type=int, default=250, help="steps between two checkpoints")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, except with --bf16: needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, not with --bf16: needs a C++ compiler")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16: faster where there are units for it")
     parser.add_argument("--device", default=device())
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of checkpoints and logs")
